@@ -1,0 +1,29 @@
+"""Who holds which block: numpy and the standard library, never torch.
+
+Start with ``KVCacheManager``; the parts below it (``BlockPool``, ``PrefixCache``, ``SequenceTable``) stand alone as well.
+"""
+
+from pagedkv.core.block_pool import NULL_BLOCK, Allocation, BlockPool
+from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
+from pagedkv.core.manager import Extension, KVCacheManager, Match, Opened
+from pagedkv.core.prefix_cache import PrefixCache
+from pagedkv.core.report import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
+from pagedkv.core.sequence_table import SequenceTable
+
+__all__ = [
+    "NULL_BLOCK",
+    "Allocation",
+    "BlockPool",
+    "CacheStatistics",
+    "EvictionPolicy",
+    "Extension",
+    "GroupStatistics",
+    "KVCacheManager",
+    "LeastRecentlyUsed",
+    "Match",
+    "Opened",
+    "PrefixCache",
+    "SequenceSnapshot",
+    "SequenceTable",
+    "Snapshot",
+]

@@ -1,0 +1,238 @@
+"""Who holds how many references to which block, and in which order blocks are handed out and evicted.
+
+Owns reference counts, the free list and, through its policy, the order of eviction. Does not know which tokens a block holds
+(``PrefixCache``), which sequence holds it (``SequenceTable``) or where its bytes are (``KVStorage``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
+from pagedkv.errors import ConfigError, InvariantError, OutOfBlocksError, StaleHandleError, UnknownHandleError
+from pagedkv.plan import BoolArray, Int32Array
+
+NULL_BLOCK = 0
+_MAX_REFERENCES = 2**30  # far from int32's edge, so that one command can never wrap a counter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocation:
+    """Blocks handed out, and the cached blocks that had to be evicted for them.
+
+    Attributes:
+        block_ids: ``[n]`` int32, each with one reference.
+        evicted: ``[e]`` int32, the part of ``block_ids`` whose cached content is gone and must be forgotten.
+    """
+
+    block_ids: Int32Array
+    evicted: Int32Array
+
+
+class BlockPool:
+    """A fixed number of blocks with reference counts; block 0 is the null block and is never handed out.
+
+    A block is *free* (in the free list), *evictable* (cached, held by nobody) or *in use* (held at least once). Every command
+    validates before it changes anything.
+
+    Args:
+        num_blocks: blocks in all, the null block included; at least 2.
+        policy: order of eviction, fresh and empty; least recently used when not given.
+
+    Raises:
+        ConfigError: ``num_blocks`` is below 2 or not addressable by int32.
+
+    Memory: 9 bytes a block, plus 16 for the default policy.
+    """
+
+    def __init__(self, num_blocks: int, *, policy: EvictionPolicy | None = None) -> None:
+        if not 2 <= num_blocks < 2**31:
+            raise ConfigError(f"num_blocks is {num_blocks}: it must be from 2 (block 0 is the null block) to 2**31 - 1")
+        self.num_blocks = num_blocks
+        self._policy: EvictionPolicy = LeastRecentlyUsed(num_blocks) if policy is None else policy
+        self._references = np.zeros(num_blocks, dtype=np.int32)
+        self._cached = np.zeros(num_blocks, dtype=np.bool_)
+        # A stack whose top is the lowest id: fresh pools fill from the bottom, and what was freed last (still warm) is used first.
+        self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)
+        self._free = np.concatenate([self._free, np.zeros(1, dtype=np.int32)])
+        self._num_free = num_blocks - 1
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks that can be handed out at all: every block but the null block."""
+        return self.num_blocks - 1
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return self._num_free
+
+    @property
+    def num_evictable(self) -> int:
+        """Cached blocks that nobody holds."""
+        return len(self._policy)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that ``take`` could hand out now."""
+        return self._num_free + len(self._policy)
+
+    @property
+    def num_in_use(self) -> int:
+        """Blocks held by at least one reference."""
+        return self.num_usable - self.num_available
+
+    @property
+    def references(self) -> Int32Array:
+        """``[N]`` reference counts, a read-only view."""
+        return _readonly(self._references)
+
+    @property
+    def cached(self) -> BoolArray:
+        """``[N]`` whether the block is findable by content, a read-only view."""
+        view = self._cached.view()
+        view.flags.writeable = False
+        return view
+
+    def is_shared(self, block_ids: Int32Array) -> BoolArray:
+        """Whether each block must be copied before it is written: held more than once, or findable (and so immutable)."""
+        return (self._references[block_ids] > 1) | self._cached[block_ids]
+
+    def take(self, count: int) -> Allocation:
+        """Hand out ``count`` blocks with one reference each: free ones first, then evicted ones.
+
+        Raises:
+            OutOfBlocksError: fewer than ``count`` are available; nothing was changed.
+
+        Cost: a fixed number of array operations; O(1) amortised a block.
+        """
+        if count > self.num_available:
+            raise OutOfBlocksError(needed=count, available=self.num_available)
+        from_free = min(count, self._num_free)
+        ids = self._free[self._num_free - from_free : self._num_free][::-1].copy()
+        evicted = self._policy.pop(count - from_free) if count > from_free else ids[:0]
+        self._num_free -= from_free
+        if len(evicted):
+            self._cached[evicted] = False
+            ids = np.concatenate([ids, evicted])
+        self._references[ids] = 1
+        return Allocation(ids, evicted)
+
+    def acquire(self, block_ids: Int32Array) -> None:
+        """Add one reference for each mention of a block that is held, or cached.
+
+        Raises:
+            UnknownHandleError: an id outside the pool, or the null block.
+            StaleHandleError: a block that is free: it holds nothing to share.
+            InvariantError: a reference count would pass 2**30.
+        """
+        self._check_ids(block_ids)
+        before = self._references[block_ids]
+        gone = (before == 0) & ~self._cached[block_ids]
+        if gone.any():
+            raise StaleHandleError(f"block {int(block_ids[gone][0])} is free; only a held or cached block can be acquired")
+        if len(before) and int(before.max()) > _MAX_REFERENCES - len(block_ids):
+            raise InvariantError(f"block {int(block_ids[before.argmax()])} would be held more than {_MAX_REFERENCES} times")
+        idle = np.unique(block_ids[before == 0])
+        if len(idle):
+            self._policy.remove(idle)
+        np.add.at(self._references, block_ids, 1)
+
+    def release(self, block_ids: Int32Array) -> None:
+        """Drop one reference for each mention of a block, in this order: give a sequence's blocks tail first.
+
+        Blocks that nobody holds any more become evictable if cached, else free.
+
+        Raises:
+            UnknownHandleError: an id outside the pool, or the null block.
+            StaleHandleError: more releases than references; nothing was changed.
+        """
+        self._check_ids(block_ids)
+        np.subtract.at(self._references, block_ids, 1)
+        after = self._references[block_ids]
+        if len(after) and int(after.min()) < 0:
+            np.add.at(self._references, block_ids, 1)
+            raise StaleHandleError(f"block {int(block_ids[after.argmin()])} is released more often than it is held")
+        idle = _last_mentions(block_ids[after == 0])
+        if not len(idle):
+            return
+        keep = self._cached[idle]
+        self._push_free(idle[~keep])
+        if keep.any():
+            self._policy.insert(idle[keep])
+
+    def mark_cached(self, block_ids: Int32Array) -> None:
+        """Note that held blocks became findable by content.
+
+        Raises:
+            InvariantError: a block is not held, or cached already.
+        """
+        if (self._references[block_ids] < 1).any() or self._cached[block_ids].any():
+            raise InvariantError("only a held block that is not cached yet can be published")
+        self._cached[block_ids] = True
+
+    def forget_cached(self, block_ids: Int32Array) -> None:
+        """Note that blocks are not findable any more; those that nobody holds become free.
+
+        Raises:
+            InvariantError: a block is not cached.
+        """
+        if not self._cached[block_ids].all():
+            raise InvariantError("only a cached block can be forgotten")
+        self._cached[block_ids] = False
+        idle = block_ids[self._references[block_ids] == 0]
+        if len(idle):
+            self._policy.remove(idle)
+            self._push_free(idle)
+
+    def check(self) -> None:
+        """Verify every invariant of the pool; O(blocks).
+
+        Raises:
+            InvariantError: naming the first that is broken: counts are never negative; the null block is never held, cached or free; the
+                free list holds each free block once; a free block is neither held nor cached; the classes sum to the pool.
+        """
+        free = self._free[: self._num_free]
+        idle_cached = int(((self._references == 0) & self._cached).sum())
+        for holds, name in (
+            (int(self._references.min()) >= 0, "a reference count is negative"),
+            (self._references[NULL_BLOCK] == 0 and not self._cached[NULL_BLOCK], "the null block is held or cached"),
+            (not (free == NULL_BLOCK).any(), "the null block is in the free list"),
+            (len(np.unique(free)) == self._num_free, "a block is in the free list twice"),
+            (not self._references[free].any(), "a free block is held"),
+            (not self._cached[free].any(), "a free block is cached"),
+            (idle_cached == len(self._policy), f"{idle_cached} blocks are evictable, the policy holds {len(self._policy)}"),
+            (
+                self._num_free + len(self._policy) + int((self._references > 0).sum()) == self.num_usable,
+                "free, evictable and held blocks do not sum to the pool",
+            ),
+        ):
+            if not holds:
+                raise InvariantError(f"block pool: {name}")
+
+    def _push_free(self, block_ids: Int32Array) -> None:
+        end = self._num_free + len(block_ids)
+        self._free[self._num_free : end] = block_ids
+        self._num_free = end
+
+    def _check_ids(self, block_ids: Int32Array) -> None:
+        if len(block_ids) and not (int(block_ids.min()) > NULL_BLOCK and int(block_ids.max()) < self.num_blocks):
+            wrong = block_ids[(block_ids <= NULL_BLOCK) | (block_ids >= self.num_blocks)][0]
+            raise UnknownHandleError(f"block {int(wrong)} is not one of 1 to {self.num_blocks - 1} (0 is the null block)")
+
+
+def _last_mentions(block_ids: Int32Array) -> Int32Array:
+    """Each id once, in the order of its last mention: an ancestor shared by two sequences must follow both tails."""
+    if len(block_ids) < 2:
+        return block_ids
+    reverse = block_ids[::-1]
+    _, first = np.unique(reverse, return_index=True)
+    return reverse[np.sort(first)][::-1] if len(first) < len(block_ids) else block_ids
+
+
+def _readonly(array: Int32Array) -> Int32Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view

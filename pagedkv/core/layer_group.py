@@ -1,0 +1,76 @@
+"""One layer group's blocks: its pool and its prefix cache, kept in step.
+
+Owns the rule that a block leaves the prefix cache in the same breath in which the pool gives it away. Knows no sequences.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.core.block_pool import BlockPool
+from pagedkv.core.eviction import EvictionPolicy
+from pagedkv.core.prefix_cache import PrefixCache
+from pagedkv.errors import InvariantError
+from pagedkv.plan import Int32Array
+
+
+class LayerGroup:
+    """The blocks of the layers that keep the same positions.
+
+    Args:
+        num_blocks: blocks in the group's pools, the null block included.
+        block_size: tokens in a block.
+        policy: order of eviction, fresh and empty.
+    """
+
+    def __init__(self, num_blocks: int, *, block_size: int, policy: EvictionPolicy | None = None) -> None:
+        self.pool = BlockPool(num_blocks, policy=policy)
+        self.cache = PrefixCache(num_blocks, block_size=block_size)
+        self.num_evicted = 0
+
+    def take(self, count: int) -> Int32Array:
+        """Hand out ``count`` blocks and forget what they held; raises ``OutOfBlocksError`` before any change."""
+        allocation = self.pool.take(count)
+        if len(allocation.evicted):
+            self.cache.remove(allocation.evicted)
+            self.num_evicted += len(allocation.evicted)
+        return allocation.block_ids
+
+    def settle(self, block_ids: Int32Array, holders: Int32Array) -> int:
+        """After publishing: note the new blocks as cached and swap each duplicate for the block that holds its content already.
+
+        Args:
+            block_ids: ``[n]`` int32 blocks as computed, each with one reference of the caller's.
+            holders: ``[n]`` int32 blocks that hold the contents; the caller's references end up on these.
+
+        Returns:
+            how many were duplicates.
+        """
+        twins = holders != block_ids
+        fresh = holders[~twins]
+        fresh = np.unique(fresh[~self.pool.cached[fresh]])
+        self.pool.mark_cached(fresh)
+        if not twins.any():
+            return 0
+        self.pool.acquire(holders[twins])
+        self.pool.release(block_ids[twins])
+        return int(twins.sum())
+
+    def forget(self, block_ids: Int32Array) -> None:
+        """Make published blocks unfindable; those that nobody holds become free."""
+        self.cache.remove(block_ids)
+        self.pool.forget_cached(block_ids)
+
+    def check(self) -> None:
+        """Verify the pool, the cache and that both name the same blocks; O(blocks).
+
+        Raises:
+            InvariantError: naming what is broken.
+        """
+        self.pool.check()
+        self.cache.check()
+        if int(self.pool.cached.sum()) != len(self.cache):
+            raise InvariantError("layer group: the pool and the prefix cache disagree on how many blocks are cached")
+        published = np.concatenate([np.zeros(0, np.int32), *(self.cache.blocks_of(int(root)) for root in self.cache.live_roots())])
+        if not self.pool.cached[published].all():
+            raise InvariantError("layer group: a findable block is not marked as cached")

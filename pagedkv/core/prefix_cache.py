@@ -1,0 +1,212 @@
+"""Which full block holds which tokens after which parent: exact content, no hash to trust.
+
+Owns the map from (namespace, parent block, token ids) to block, and the tree that it forms. Does not own reference counts or the order of
+eviction (``BlockPool``): it is told which blocks went.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.errors import InvariantError
+from pagedkv.plan import Int32Array
+
+_ID_NBYTES = 4
+_MAX_ROOTS = 2**31 - 1
+
+
+class PrefixCache:
+    """Finds published blocks by exact tokens.
+
+    A key is the parent's block id followed by the block's token ids, as bytes. The first block of a chain has its namespace's *root* for a
+    parent: a negative number that is never given out twice, so chains of two namespaces never meet. A parent's id cannot come to mean
+    something else while a child is cached, because a block with cached children is never evicted (see ``remove``).
+
+    Args:
+        num_blocks: size of the id space.
+        block_size: tokens in a block.
+
+    Memory: 16 bytes a block, plus about 200 for each published one at 16 tokens a block (key and map entry).
+    """
+
+    def __init__(self, num_blocks: int, *, block_size: int) -> None:
+        self._block_size = block_size
+        self._blocks: dict[bytes, int] = {}
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._roots = np.zeros(num_blocks, dtype=np.int32)  # 0: not published
+        self._num_children = np.zeros(num_blocks, dtype=np.int32)
+
+    def __len__(self) -> int:
+        """Published blocks."""
+        return len(self._blocks)
+
+    def match(self, root: int, token_ids: Int32Array) -> list[int]:
+        """Block ids of the longest published chain that the tokens begin with; changes nothing.
+
+        Cost: O(blocks matched), about 0.3 microseconds each.
+        """
+        width = self._block_size * _ID_NBYTES
+        raw = token_ids.tobytes()
+        find = self._blocks.get
+        found: list[int] = []
+        parent: int | None = root
+        for start in range(0, len(raw) - width + 1, width):
+            parent = find(parent.to_bytes(_ID_NBYTES, "little", signed=True) + raw[start : start + width])  # type: ignore[union-attr]
+            if parent is None:
+                break
+            found.append(parent)
+        return found
+
+    def publish(self, parents: Int32Array, token_ids: Int32Array, block_ids: Int32Array, roots: Int32Array) -> Int32Array:
+        """Make full blocks findable, one for each of ``n`` sequences; where the content is published already, say by which block.
+
+        Args:
+            parents: ``[n]`` int32, the block before, or the root for a sequence's first block.
+            token_ids: ``[n, B]`` int32 contents.
+            block_ids: ``[n]`` int32 blocks that hold them.
+            roots: ``[n]`` int32 namespace roots.
+
+        Returns:
+            ``[n]`` int32, the block that holds each content from now on: the given one, or an older twin.
+
+        Cost: about 0.5 microseconds a block.
+        """
+        width = (1 + self._block_size) * _ID_NBYTES
+        raw = np.concatenate([parents[:, None], token_ids], axis=1).astype("<i4", copy=False).tobytes()
+        ids = block_ids.tolist()
+        claim = self._blocks.setdefault
+        keys = [raw[start : start + width] for start in range(0, len(raw), width)]
+        holders = [claim(key, block) for key, block in zip(keys, ids, strict=True)]
+        known = self._keys
+        new = []
+        for key, block, holder in zip(keys, ids, holders, strict=True):
+            if block == holder and known[block] is None:
+                known[block] = key
+                new.append(True)
+            else:
+                new.append(False)
+        fresh = np.array(new, dtype=np.bool_)
+        self._roots[block_ids[fresh]] = roots[fresh]
+        inner = parents[fresh]
+        np.add.at(self._num_children, inner[inner > 0], 1)
+        return np.array(holders, dtype=np.int32)
+
+    def publish_chain(self, parent: int, token_ids: Int32Array, block_ids: Int32Array, root: int) -> Int32Array:
+        """Make consecutive full blocks of one sequence findable.
+
+        Like ``publish``, for ``[k, B]`` tokens in ``[k]`` blocks that follow each other; each block's parent is the holder found for the one
+        before it.
+        """
+        width = self._block_size * _ID_NBYTES
+        raw = token_ids.astype("<i4", copy=False).tobytes()
+        holders = []
+        for index, block in enumerate(block_ids.tolist()):
+            key = parent.to_bytes(_ID_NBYTES, "little", signed=True) + raw[index * width : (index + 1) * width]
+            holder = self._blocks.setdefault(key, block)
+            if holder == block and self._keys[block] is None:
+                self._keys[block] = key
+                self._roots[block] = root
+                if parent > 0:
+                    self._num_children[parent] += 1
+            holders.append(holder)
+            parent = holder
+        return np.array(holders, dtype=np.int32)
+
+    def remove(self, block_ids: Int32Array) -> None:
+        """Forget published blocks, whose bytes are about to be reused.
+
+        Raises:
+            InvariantError: a block is not published, or a published block would outlive its parent. Nothing was changed.
+        """
+        keys = [self._keys[block] for block in block_ids.tolist()]
+        if None in keys:
+            raise InvariantError("prefix cache: only a published block can be removed")
+        parents = np.frombuffer(b"".join(key[:_ID_NBYTES] for key in keys if key), dtype="<i4")
+        inner = parents[parents > 0]
+        np.subtract.at(self._num_children, inner, 1)
+        if self._num_children[block_ids].any():
+            orphan = int(block_ids[self._num_children[block_ids] > 0][0])
+            np.add.at(self._num_children, inner, 1)
+            raise InvariantError(f"prefix cache: block {orphan} is to go before blocks that continue it; the eviction policy must pop leaves first")
+        for block, key in zip(block_ids.tolist(), keys, strict=True):
+            del self._blocks[key]  # type: ignore[arg-type]
+            self._keys[block] = None
+        self._roots[block_ids] = 0
+
+    def blocks_of(self, root: int) -> Int32Array:
+        """Published blocks of one namespace; O(blocks)."""
+        return np.flatnonzero(self._roots == root).astype(np.int32)
+
+    def live_roots(self) -> Int32Array:
+        """Roots that have published blocks; O(blocks)."""
+        return np.unique(self._roots[self._roots != 0])
+
+    def check(self) -> None:
+        """Verify that keys, blocks, roots and counts of children agree; O(blocks).
+
+        Raises:
+            InvariantError: naming the first that does not hold.
+        """
+        children = np.zeros_like(self._num_children)
+        for key, block in self._blocks.items():
+            if self._keys[block] != key:
+                raise InvariantError(f"prefix cache: block {block} is found by a key that it does not carry")
+            parent = int.from_bytes(key[:_ID_NBYTES], "little", signed=True)
+            if parent > 0:
+                children[parent] += 1
+                if self._keys[parent] is None:
+                    raise InvariantError(f"prefix cache: block {block} outlived its parent {parent}")
+            if self._roots[block] != (self._roots[parent] if parent > 0 else parent):
+                raise InvariantError(f"prefix cache: block {block} is in another namespace than its parent")
+        if (children != self._num_children).any():
+            raise InvariantError("prefix cache: a block's count of children is wrong")
+        if sum(key is not None for key in self._keys) != len(self._blocks) or int((self._roots != 0).sum()) != len(self._blocks):
+            raise InvariantError("prefix cache: a block carries a key or a namespace without being findable")
+
+
+class Namespaces:
+    """Gives every namespace a root: a negative number that is never given out twice.
+
+    Owns names and roots. Names that neither a sequence nor a published block uses are swept out when many have come together, so that
+    endless fresh salts take bounded memory.
+    """
+
+    def __init__(self) -> None:
+        self._roots: dict[str, int] = {}
+        self._next = -1
+        self._sweep_at = 1024
+
+    def __len__(self) -> int:
+        return len(self._roots)
+
+    def find(self, name: str) -> int | None:
+        """The namespace's root, if it has one; changes nothing."""
+        return self._roots.get(name)
+
+    def intern(self, name: str) -> int:
+        """The namespace's root, made on first use.
+
+        Raises:
+            InvariantError: 2**31 - 1 namespaces have been made.
+        """
+        root = self._roots.get(name)
+        if root is None:
+            if -self._next > _MAX_ROOTS:
+                raise InvariantError("no more namespaces can be told apart; make a new manager")
+            root = self._roots[name] = self._next
+            self._next -= 1
+        return root
+
+    def forget(self, name: str) -> None:
+        """Drop a name; its next use gets a fresh root, which matches nothing that was published before."""
+        self._roots.pop(name, None)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it is time to ``sweep``."""
+        return len(self._roots) >= self._sweep_at
+
+    def sweep(self, used: set[int]) -> None:
+        """Drop the names whose roots are not in ``used``; O(names), paid for by the names that came since the last sweep."""
+        self._roots = {name: root for name, root in self._roots.items() if root in used}
+        self._sweep_at = max(1024, 2 * len(self._roots))

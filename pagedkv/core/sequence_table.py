@@ -1,0 +1,142 @@
+"""Block tables, lengths and tokens of every live sequence, as arrays: a sequence is a row.
+
+Owns the rows and their handles. Does not own a block's lifetime (``BlockPool``); its only writer is the ``KVCacheManager``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.errors import InvalidRequestError, StaleHandleError, UnknownHandleError
+from pagedkv.plan import Int32Array, Int64Array
+
+_ROW_BITS = 32
+_ROW_MASK = 2**_ROW_BITS - 1
+
+
+class SequenceTable:
+    """Rows for up to ``max_num_seqs`` live sequences.
+
+    A handle is ``generation << 32 | row``; a row's generation grows with each release, so an old handle never reaches a new sequence.
+    The columns of tables and tokens grow by doubling up to the limit, so short sequences stay cheap.
+
+    Args:
+        max_num_seqs: rows.
+        num_groups: layer groups, each with a block table of its own.
+        block_size: tokens in a block.
+        max_blocks: the longest block table, in blocks.
+
+    Attributes:
+        block_tables: ``[G, R, M]`` int32, null block where a table has ended.
+        token_ids: ``[R, M * B]`` int32 known tokens.
+        num_tokens: ``[R]`` int32 known tokens.
+        num_reserved: ``[R]`` int32 tokens that have a slot; the scheduled ones included.
+        num_computed: ``[R]`` int32 tokens whose K/V is stored.
+        num_blocks: ``[R]`` int32 blocks in the table, the same in every group.
+        num_published: ``[R]`` int32 leading blocks that are findable.
+        roots: ``[R]`` int32 namespace roots; 0 for a row that may not publish any more.
+        tail_shared: ``[R]`` bool, the last block may be held by others too, so look before writing into it.
+        copy_pending: ``[R]`` bool, the last block is a copy that the current step has still to make.
+    """
+
+    def __init__(self, max_num_seqs: int, *, num_groups: int, block_size: int, max_blocks: int) -> None:
+        self._block_size = block_size
+        self._max_blocks = max_blocks
+        columns = min(max_blocks, 16)
+        self.block_tables = np.zeros((num_groups, max_num_seqs, columns), dtype=np.int32)
+        self.token_ids = np.zeros((max_num_seqs, columns * block_size), dtype=np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_reserved = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_computed = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_blocks = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_published = np.zeros(max_num_seqs, dtype=np.int32)
+        self.roots = np.zeros(max_num_seqs, dtype=np.int32)
+        self.tail_shared = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.copy_pending = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._handles = np.zeros(max_num_seqs, dtype=np.int64)  # 0: no live sequence in this row
+        self._generations = np.ones(max_num_seqs, dtype=np.int64)
+        self._mark = np.zeros(max_num_seqs, dtype=np.int64)
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Rows in all."""
+        return len(self._handles)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that a row can hold."""
+        return self._max_blocks * self._block_size
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows without a sequence."""
+        return len(self._free)
+
+    @property
+    def live_rows(self) -> Int64Array:
+        """Rows with a sequence, ascending."""
+        return np.flatnonzero(self._handles)
+
+    def handles_of(self, rows: Int64Array) -> Int64Array:
+        """The live handles in these rows."""
+        return self._handles[rows]
+
+    def rows_of(self, seqs: Int64Array) -> Int64Array:
+        """Rows of distinct live handles; a fixed number of array operations.
+
+        Raises:
+            UnknownHandleError, StaleHandleError: naming the first wrong handle.
+            InvalidRequestError: a handle is given twice.
+        """
+        seqs = np.asarray(seqs, dtype=np.int64)
+        rows = seqs & _ROW_MASK
+        if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):
+            self._refuse(seqs)
+        if len(rows) > 1:
+            order = np.arange(len(rows))
+            self._mark[rows] = order
+            if not (self._mark[rows] == order).all():
+                raise InvalidRequestError("a sequence is given twice in one call")
+        return rows
+
+    def open_rows(self, count: int) -> tuple[Int64Array, Int64Array]:
+        """Take ``count`` empty rows; returns rows and handles. The caller has checked ``num_free_rows``."""
+        rows = np.array([self._free.pop() for _ in range(count)], dtype=np.int64)
+        self._handles[rows] = (self._generations[rows] << _ROW_BITS) | rows
+        return rows, self._handles[rows]
+
+    def close_rows(self, rows: Int64Array) -> None:
+        """Empty rows; their handles are stale from now on."""
+        self._handles[rows] = 0
+        self._generations[rows] += 1
+        self.block_tables[:, rows] = 0
+        for column in (self.num_tokens, self.num_reserved, self.num_computed, self.num_blocks, self.num_published, self.roots):
+            column[rows] = 0
+        self.tail_shared[rows] = False
+        self.copy_pending[rows] = False
+        self._free.extend(rows.tolist()[::-1])
+
+    def ensure_columns(self, num_tokens: int) -> None:
+        """Make room for sequences of ``num_tokens``, at most ``max_tokens``; amortised O(1) a token."""
+        have = self.block_tables.shape[2]
+        needed = -(-num_tokens // self._block_size)
+        if needed <= have:
+            return
+        columns = min(max(needed, 2 * have), self._max_blocks)
+        groups, rows, _ = self.block_tables.shape
+        tables = np.zeros((groups, rows, columns), dtype=np.int32)
+        tables[:, :, :have] = self.block_tables
+        tokens = np.zeros((rows, columns * self._block_size), dtype=np.int32)
+        tokens[:, : self.token_ids.shape[1]] = self.token_ids
+        self.block_tables, self.token_ids = tables, tokens
+
+    def _refuse(self, seqs: Int64Array) -> None:
+        for seq in seqs.tolist():
+            row, generation = seq & _ROW_MASK, seq >> _ROW_BITS
+            if seq <= 0 or row >= len(self._handles) or generation > self._generations[row]:
+                raise UnknownHandleError(f"sequence handle {seq} was never issued by this manager")
+            if self._handles[row] != seq:
+                if generation == self._generations[row]:
+                    raise UnknownHandleError(f"sequence handle {seq} was never issued by this manager")
+                raise StaleHandleError(f"sequence handle {seq} was released (row {row}, generation {generation})")
