@@ -115,6 +115,11 @@ class KVCacheManager:
         return len(self._groups)
 
     @property
+    def prefix_caching(self) -> bool:
+        """Whether full blocks are published and matched."""
+        return self._caching
+
+    @property
     def max_seq_len(self) -> int:
         """Tokens in one sequence at most."""
         return self._max_seq_len
@@ -152,6 +157,10 @@ class KVCacheManager:
         """The longest cached prefix, in whole blocks; about 0.3 microseconds a block."""
         return self._match(_as_tokens(token_ids), namespace)
 
+    def num_held_blocks(self, match: Match) -> int:
+        """Blocks of a match that somebody holds, so that sharing them makes none less available; in the group with the fewest."""
+        return min(int((group.pool.references[list(ids)] > 0).sum()) for group, ids in zip(self._groups, match.block_ids, strict=True))
+
     def num_blocks_needed(self, seqs: Sequence[int] | Int64Array, num_new_tokens: Sequence[int] | Int32Array) -> int:
         """Blocks that ``extend`` with the same arguments would take from each pool; raises what it would raise, but for lack of blocks."""
         rows, start, end = self._reservation(seqs, num_new_tokens)
@@ -168,7 +177,9 @@ class KVCacheManager:
 
     # Commands.
 
-    def open(self, prompts: Sequence[Sequence[int] | Int32Array], namespaces: Sequence[str] | None = None, *, use_cache: bool = True) -> Opened:
+    def open(
+        self, prompts: Sequence[Sequence[int] | Int32Array], namespaces: Sequence[str] | None = None, *, use_cache: bool = True
+    ) -> Opened:
         """Start sequences; cached prefixes are shared at once, nothing else is allocated.
 
         At least the last token of a prompt is left to compute, since its logits are wanted.
@@ -323,7 +334,9 @@ class KVCacheManager:
         lengths = _as_counts(num_tokens, len(rows))
         known = self._table.num_tokens[rows]
         if len(rows) and (int(lengths.min()) < 1 or (lengths > known).any()):
-            raise InvalidRequestError(f"cannot truncate to {lengths.tolist()} tokens: each must be from 1 to what is known, {known.tolist()}")
+            raise InvalidRequestError(
+                f"cannot truncate to {lengths.tolist()} tokens: each must be from 1 to what is known, {known.tolist()}"
+            )
         self._table.num_tokens[rows] = lengths
         pending = self._table.copy_pending[rows]
         computed = self._table.num_computed[rows]
@@ -439,7 +452,8 @@ class KVCacheManager:
                 )
             )
         references = tuple(
-            tuple((int(block), int(group.pool.references[block])) for block in np.flatnonzero(group.pool.references)) for group in self._groups
+            tuple((int(block), int(group.pool.references[block])) for block in np.flatnonzero(group.pool.references))
+            for group in self._groups
         )
         return Snapshot(self.statistics(), tuple(sequences), references)
 
@@ -494,7 +508,9 @@ class KVCacheManager:
         end = start + counts
         if len(rows) and (int(counts.min()) < 1 or (end > self._table.num_tokens[rows]).any()):
             left = (self._table.num_tokens[rows] - start).tolist()
-            raise InvalidRequestError(f"cannot reserve {counts.tolist()} tokens: each must be at least 1 and at most what is known and unreserved, {left}")
+            raise InvalidRequestError(
+                f"cannot reserve {counts.tolist()} tokens: each must be at least 1 and at most what is known and unreserved, {left}"
+            )
         return rows, start, end
 
     def _missing(self, rows: Int64Array, end: Int32Array) -> Int32Array:
@@ -636,7 +652,9 @@ class KVCacheManager:
         table = self._table.block_tables[index]
         step = -1 if tail_first else 1
         held = self._table.num_blocks[rows].tolist()
-        return np.concatenate([np.zeros(0, np.int32), *(table[row, :count][::step] for row, count in zip(rows.tolist(), held, strict=True))])
+        return np.concatenate(
+            [np.zeros(0, np.int32), *(table[row, :count][::step] for row, count in zip(rows.tolist(), held, strict=True))]
+        )
 
     def _sweep_namespaces(self) -> None:
         used = set(self._table.roots.tolist())
@@ -655,10 +673,11 @@ def _as_tokens(token_ids: Sequence[int] | Int32Array) -> Int32Array:
 
 
 def _as_counts(values: Sequence[int] | Int32Array, length: int) -> Int32Array:
-    counts = np.asarray(values)
+    counts: Int64Array = np.asarray(values)
     if counts.shape != (length,) or (length and counts.dtype.kind not in "iu"):
         raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {counts.dtype} of shape {counts.shape}")
-    return counts.astype(np.int32, copy=False)
+    narrow: Int32Array = counts.astype(np.int32, copy=False)
+    return narrow
 
 
 def _ranges(first: Int32Array, counts: Int32Array) -> Int32Array:

@@ -94,8 +94,8 @@ class PrefixCache:
     def publish_chain(self, parent: int, token_ids: Int32Array, block_ids: Int32Array, root: int) -> Int32Array:
         """Make consecutive full blocks of one sequence findable.
 
-        Like ``publish``, for ``[k, B]`` tokens in ``[k]`` blocks that follow each other; each block's parent is the holder found for the one
-        before it.
+        Like ``publish``, for ``[k, B]`` tokens in ``[k]`` blocks that follow each other; each block's parent is the holder found for the
+        one before it.
         """
         width = self._block_size * _ID_NBYTES
         raw = token_ids.astype("<i4", copy=False).tobytes()
@@ -127,9 +127,11 @@ class PrefixCache:
         if self._num_children[block_ids].any():
             orphan = int(block_ids[self._num_children[block_ids] > 0][0])
             np.add.at(self._num_children, inner, 1)
-            raise InvariantError(f"prefix cache: block {orphan} is to go before blocks that continue it; the eviction policy must pop leaves first")
+            raise InvariantError(
+                f"prefix cache: block {orphan} is to go before blocks that continue it; the eviction policy must pop leaves first"
+            )
         for block, key in zip(block_ids.tolist(), keys, strict=True):
-            del self._blocks[key]  # type: ignore[arg-type]
+            del self._blocks[key]
             self._keys[block] = None
         self._roots[block_ids] = 0
 

@@ -83,7 +83,9 @@ class SequenceSnapshot:
         return tuple(table[position // size] * size + position % size for position in range(self.num_reserved_tokens))
 
     def __str__(self) -> str:
-        rows = [f"sequence {self.seq}: {self.num_tokens} tokens, {self.num_computed_tokens} computed, {self.num_published_blocks} blocks published"]
+        rows = [
+            f"sequence {self.seq}: {self.num_tokens} tokens, {self.num_computed_tokens} computed, {self.num_published_blocks} blocks public"
+        ]
         for group, table in enumerate(self.block_tables):
             rows.append(f"  group {group}, {len(table)} blocks of {self.block_size}: {' '.join(map(str, table))}")
         return "\n".join(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.errors import InvalidRequestError, StaleHandleError, UnknownHandleError
-from pagedkv.plan import Int32Array, Int64Array
+from pagedkv.plan import Int64Array
 
 _ROW_BITS = 32
 _ROW_MASK = 2**_ROW_BITS - 1
@@ -80,7 +80,8 @@ class SequenceTable:
 
     def handles_of(self, rows: Int64Array) -> Int64Array:
         """The live handles in these rows."""
-        return self._handles[rows]
+        handles: Int64Array = self._handles[rows]
+        return handles
 
     def rows_of(self, seqs: Int64Array) -> Int64Array:
         """Rows of distinct live handles; a fixed number of array operations.
@@ -90,7 +91,7 @@ class SequenceTable:
             InvalidRequestError: a handle is given twice.
         """
         seqs = np.asarray(seqs, dtype=np.int64)
-        rows = seqs & _ROW_MASK
+        rows: Int64Array = seqs & _ROW_MASK
         if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):
             self._refuse(seqs)
         if len(rows) > 1:

@@ -1,0 +1,115 @@
+"""Whether the next waiting branch may start, and if not, why.
+
+Owns the rules of admission. Does not own the queue or the running set: it asks both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.core import KVCacheManager, Match, Opened
+from pagedkv.plan import Int32Array
+from pagedkv.scheduling.config import SchedulerConfig
+from pagedkv.scheduling.events import EventKind, MissReason, WaitReason
+from pagedkv.scheduling.request import Branch
+from pagedkv.scheduling.running import RunningSet
+from pagedkv.scheduling.waiting import WaitingQueue
+
+
+class Admission:
+    """Picks waiting branches one by one and opens their sequences when everything they know fits beside what runs."""
+
+    def __init__(self, manager: KVCacheManager, config: SchedulerConfig, running: RunningSet, waiting: WaitingQueue) -> None:
+        self._manager = manager
+        self._config = config
+        self._running = running
+        self._waiting = waiting
+        self._watermark = int(manager.num_usable_blocks * config.watermark)
+
+    def next(self, step: int, *, preempted: bool) -> tuple[Branch, Opened] | None:
+        """Open a sequence for the branch whose turn it is; None when none may start in this step. The branch stays in the queue.
+
+        The policy's order is kept: behind one that has to wait for blocks nobody overtakes. Only who waits for a prefix steps aside.
+        """
+        while True:
+            branch = self._waiting.next(lambda waiting: self._match(waiting).num_tokens)
+            if branch is None:
+                return None
+            if preempted:
+                branch.record.note(EventKind.WAITING, step, reason=WaitReason.PREEMPTION)
+                return None
+            match = self._match(branch)
+            source = self._computing_same_prefix(branch, match)
+            if source is not None:
+                row, num_computed = source
+                shared_with = self._running.branch(row).request.request_id
+                branch.record.note(EventKind.WAITING, step, reason=WaitReason.PREFIX, num_tokens=num_computed, shared_with=shared_with)
+                self._waiting.defer(branch, row, num_computed)
+                continue
+            if not self._has_room(branch, match, step):
+                return None
+            request = branch.request
+            opened = self._manager.open([branch.token_ids], [request.namespace], use_cache=not request.wants_prompt_logits)
+            return branch, opened
+
+    def miss_reason(self, branch: Branch) -> MissReason:
+        """Why nothing was found for a branch that was admitted with no cached tokens."""
+        if not self._manager.prefix_caching:
+            return MissReason.DISABLED
+        return MissReason.PROMPT_LOGITS if branch.request.wants_prompt_logits else MissReason.NOT_CACHED
+
+    def _match(self, branch: Branch) -> Match:
+        if branch.request.wants_prompt_logits:
+            return Match(0, ((),) * self._manager.num_groups)
+        return self._manager.match(branch.token_ids[:-1], branch.request.namespace)
+
+    def _has_room(self, branch: Branch, match: Match, step: int) -> bool:
+        """The three rules: enough rows, enough blocks for all known tokens, and after many preemptions enough until the end."""
+        manager, running, size = self._manager, self._running, self._manager.block_size
+        rows = branch.width + len(running) + running.num_reserved_rows
+        if rows > min(self._config.max_running, manager.max_num_seqs):
+            branch.record.note(EventKind.WAITING, step, reason=WaitReason.SEQUENCES, running=len(running))
+            return False
+        if not len(running):
+            return True  # alone it fits: that was checked when it was submitted
+        held = manager.num_held_blocks(match)
+        needed = -(-(len(branch.token_ids) + branch.width) // size) - held
+        available = manager.num_available_blocks
+        if needed + running.outstanding_blocks(size) + self._watermark > available:
+            branch.record.note(EventKind.WAITING, step, reason=WaitReason.BLOCKS, needed=needed, available=available)
+            return False
+        careful = branch.num_preemptions >= self._config.max_preemptions or any(
+            other.num_preemptions >= self._config.max_preemptions for other in running.branches
+        )
+        if careful and self._worst_case(branch) - held + running.worst_case_blocks(size) > available:
+            branch.record.note(EventKind.WAITING, step, reason=WaitReason.RESERVED, available=available)
+            return False
+        return True
+
+    def _worst_case(self, branch: Branch) -> int:
+        size, request = self._manager.block_size, branch.request
+        prompt = len(request.prompt_token_ids)
+        shared = (prompt - 1) // size if branch.is_trunk else 0
+        return shared + branch.width * (-(-(prompt + request.max_tokens - 1) // size) - shared)
+
+    def _computing_same_prefix(self, branch: Branch, match: Match) -> tuple[int, int] | None:
+        """A running row that is computing full blocks of this prompt that are not cached yet, and how far they reach."""
+        request, size = branch.request, self._manager.block_size
+        if request.wants_prompt_logits or not self._manager.prefix_caching or len(branch.token_ids) <= size:
+            return None
+        running, table = self._running, self._manager.table
+        for row in running.rows[running.remaining() > 1].tolist():
+            other = running.branch(row).request
+            if other.namespace != request.namespace or not table.roots[row]:
+                continue
+            known = int(table.num_tokens[row])
+            reach = min(_common_prefix(branch.token_ids[:-1], table.token_ids[row, :known]), known - int(running.hold[row])) // size * size
+            if reach > max(match.num_tokens, int(table.num_computed[row])):
+                return row, reach
+        return None
+
+
+def _common_prefix(one: Int32Array, other: Int32Array) -> int:
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length

@@ -1,0 +1,122 @@
+"""The running branches as arrays: what the step path needs to know of each, by row of the manager's table.
+
+Owns the admission order and the per-row limits. Does not own blocks, tokens or who waits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.core import SequenceTable
+from pagedkv.plan import BoolArray, Int32Array, Int64Array
+from pagedkv.scheduling.request import Branch
+
+_NO_STOP = -1
+
+
+class RunningSet:
+    """Rows in order of admission, with their limits.
+
+    Attributes:
+        rows: ``[n]`` int64 rows of running branches, in order of admission.
+        hold: ``[R]`` int32 known tokens not to compute yet: 1 for a trunk, whose last prompt token is left to its forks.
+        limits: ``[R]`` int32 known tokens at which the branch ends for its length.
+        minimums: ``[R]`` int32 known tokens below which a stop id does not end it.
+        prompt_logits: ``[R]`` bool, logits of all prompt tokens are wanted.
+    """
+
+    def __init__(self, table: SequenceTable) -> None:
+        size = table.max_num_seqs
+        self._table = table
+        self.rows = np.zeros(0, dtype=np.int64)
+        self.hold = np.zeros(size, dtype=np.int32)
+        self.limits = np.zeros(size, dtype=np.int32)
+        self.minimums = np.zeros(size, dtype=np.int32)
+        self.prompt_logits = np.zeros(size, dtype=np.bool_)
+        self._stops = np.full((size, 1), _NO_STOP, dtype=np.int32)
+        self._prompt_lens = np.zeros(size, dtype=np.int32)
+        self._branches: list[Branch | None] = [None] * size
+        self.num_trunks = 0
+        self.num_reserved_rows = 0  # rows that trunks will need for their forks
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def branch(self, row: int) -> Branch:
+        """The branch that runs in this row."""
+        branch = self._branches[row]
+        if branch is None:
+            raise LookupError(f"row {row} has no running branch")
+        return branch
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Running branches in order of admission."""
+        return [self.branch(row) for row in self.rows.tolist()]
+
+    def add(self, branch: Branch) -> None:
+        """Note a branch that has just got its row."""
+        row, request = branch.row, branch.request
+        stops = request.eos_token_ids + request.stop_token_ids
+        if len(stops) > self._stops.shape[1]:
+            wider = np.full((len(self._stops), len(stops)), _NO_STOP, dtype=np.int32)
+            wider[:, : self._stops.shape[1]] = self._stops
+            self._stops = wider
+        self._stops[row] = _NO_STOP
+        self._stops[row, : len(stops)] = stops
+        self._prompt_lens[row] = prompt = len(request.prompt_token_ids)
+        self.hold[row] = int(branch.is_trunk)
+        self.limits[row] = prompt + request.max_tokens
+        self.minimums[row] = prompt + request.min_tokens
+        self.prompt_logits[row] = request.wants_prompt_logits
+        self._branches[row] = branch
+        self.rows = np.append(self.rows, row)
+        if branch.is_trunk:
+            self.num_trunks += 1
+            self.num_reserved_rows += branch.width - 1
+
+    def drop(self, rows: list[int]) -> None:
+        """Forget branches whose rows are about to be given back."""
+        for row in rows:
+            branch = self.branch(row)
+            if branch.is_trunk:
+                self.num_trunks -= 1
+                self.num_reserved_rows -= branch.width - 1
+            self._branches[row] = None
+        self.rows = self.rows[~np.isin(self.rows, rows)]
+
+    def remaining(self) -> Int32Array:
+        """``[n]`` known tokens of each running row that are still to compute now."""
+        rows = self.rows
+        left: Int32Array = self._table.num_tokens[rows] - self._table.num_reserved[rows]
+        return left - self.hold[rows] if self.num_trunks else left
+
+    def ended(self, rows: Int64Array, token_ids: Int32Array) -> tuple[BoolArray, BoolArray]:
+        """Which branches end with the tokens that they have just got: by a stop id, or by length."""
+        known = self._table.num_tokens[rows]
+        stopped = (self._stops[rows] == token_ids[:, None]).any(axis=1)
+        stopped &= known >= self.minimums[rows]
+        return stopped, known >= self.limits[rows]
+
+    def at_first_token(self, rows: Int64Array) -> Int64Array:
+        """Those rows that have exactly one token behind their prompt."""
+        first: Int64Array = rows[self._table.num_tokens[rows] == self._prompt_lens[rows] + 1]
+        return first
+
+    def outstanding_blocks(self, block_size: int) -> int:
+        """Blocks that the running rows need for the tokens they know, plus the next one of each."""
+        return int(np.maximum(self._blocks_short(self._table.num_tokens[self.rows] + 1, block_size), 0).sum())
+
+    def worst_case_blocks(self, block_size: int) -> int:
+        """Blocks that the running rows may still need until all of them have ended for their length."""
+        short = self._blocks_short(self.limits[self.rows] - 1, block_size)
+        short += self._table.tail_shared[self.rows]
+        if self.num_trunks:
+            own = self.limits[self.rows] - 1 - (self._prompt_lens[self.rows] - 1) // block_size * block_size
+            widths = np.array([branch.width for branch in self.branches])
+            short += (widths - 1) * -(-own // block_size)
+        return int(short.sum())
+
+    def _blocks_short(self, num_tokens: Int32Array, block_size: int) -> Int32Array:
+        short: Int32Array = -(-num_tokens // block_size) - self._table.num_blocks[self.rows]
+        return short

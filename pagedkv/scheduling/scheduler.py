@@ -1,0 +1,451 @@
+"""Which branch computes which tokens in the next step, and what becomes of it after.
+
+Owns queues, status, budgets and the liveness promise: what can never fit is refused when it is submitted; the oldest running request is
+never preempted; every preemption frees a block; preemptions of one request are bounded; waiting requests hold no blocks. Does not own
+blocks (``KVCacheManager``) and does not choose tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagedkv.core import KVCacheManager
+from pagedkv.errors import (
+    DuplicateRequestError,
+    InvalidRequestError,
+    InvariantError,
+    OutOfBlocksError,
+    PagedKVError,
+    RequestTooLargeError,
+)
+from pagedkv.plan import Int32Array, StepPlan
+from pagedkv.scheduling.admission import Admission
+from pagedkv.scheduling.config import SchedulerConfig
+from pagedkv.scheduling.events import EventKind
+from pagedkv.scheduling.planning import PlanBuilder
+from pagedkv.scheduling.policies import FirstComeFirstServed, SchedulingPolicy
+from pagedkv.scheduling.preemption import choose_victims
+from pagedkv.scheduling.request import Branch, FinishReason, Request, RequestRecord, Status
+from pagedkv.scheduling.running import RunningSet
+from pagedkv.scheduling.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A branch got a row of the manager's table: per-row state of others (sampling, say) belongs to it from now on."""
+
+    row: int
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutcome:
+    """What a completed step changed.
+
+    Attributes:
+        finished: branches that ended with this step.
+    """
+
+    finished: tuple[Branch, ...]
+
+
+class Scheduler:
+    """Continuous batching over a ``KVCacheManager``: prefill chunks and decodes of many requests in one step under one token budget.
+
+    Call ``plan``, run the forward pass, call ``complete`` with the sampled tokens; or ``undo`` when the pass failed. One plan is
+    outstanding at a time.
+
+    Args:
+        manager: not used by anybody else.
+        config: limits.
+        policy: order of admission and preemption; first come, first served when not given.
+        clock: seconds, only for the times in the records; decides nothing.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        config: SchedulerConfig | None = None,
+        *,
+        policy: SchedulingPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = SchedulerConfig() if config is None else config
+        self.manager = manager
+        self._policy: SchedulingPolicy = FirstComeFirstServed() if policy is None else policy
+        self._clock = clock
+        self._running = RunningSet(manager.table)
+        self._waiting = WaitingQueue(self._policy)
+        self._admission = Admission(manager, self.config, self._running, self._waiting)
+        self._records: dict[str, RequestRecord] = {}
+        self._ended: OrderedDict[str, RequestRecord] = OrderedDict()
+        self._assignments: list[Assignment] = []
+        self._outstanding: StepPlan | None = None
+        self._doomed: dict[str, None] = {}
+        self._arrivals = 0
+        self._step = 0
+        self._num_preemptions = 0
+
+    # Questions.
+
+    @property
+    def num_running(self) -> int:
+        """Branches that hold a sequence."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Branches that wait."""
+        return len(self._waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions since the start."""
+        return self._num_preemptions
+
+    @property
+    def num_steps(self) -> int:
+        """Steps planned since the start."""
+        return self._step
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._records)
+
+    def record(self, request_id: str) -> RequestRecord | None:
+        """The books on a request, alive or among the last ended; to read, never to write."""
+        return self._records.get(request_id) or self._ended.get(request_id)
+
+    def check_fits(self, request: Request) -> None:
+        """Raise what ``submit`` would raise, but for a duplicate id.
+
+        Raises:
+            RequestTooLargeError: prompt and ``max_tokens`` can never fit, or ``n`` is over the running limit.
+        """
+        name, manager = f"request {request.request_id!r}", self.manager
+        if request.n > min(self.config.max_running, manager.max_num_seqs):
+            limit = min(self.config.max_running, manager.max_num_seqs)
+            change = "lower n, or raise max_num_seqs and max_num_batched_tokens"
+            raise RequestTooLargeError(name, needed=request.n, limit=limit, unit="sequences at once (n)", change=change)
+        prompt = len(request.prompt_token_ids)
+        total = prompt + request.max_tokens
+        if total > manager.max_seq_len:
+            change = "shorten the prompt, lower max_tokens, or raise max_model_len or num_blocks"
+            raise RequestTooLargeError(name, needed=total, limit=manager.max_seq_len, unit="tokens", change=change)
+        size = manager.block_size
+        shared = (prompt - 1) // size if request.n > 1 else 0
+        needed = shared + request.n * (-(-(total - 1) // size) - shared)
+        if needed > manager.num_usable_blocks:
+            change = "shorten the prompt, lower max_tokens or n, or raise num_blocks"
+            raise RequestTooLargeError(name, needed=needed, limit=manager.num_usable_blocks, unit="blocks", change=change)
+
+    # Commands.
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            DuplicateRequestError: a request of this id has not ended.
+            RequestTooLargeError: it can never fit; others are not disturbed.
+        """
+        if request.request_id in self._records:
+            raise DuplicateRequestError(f"request id {request.request_id!r} is in use: choose another, or wait for its end")
+        self.check_fits(request)
+        record = RequestRecord(request, arrival=self._arrivals, arrival_time=self._clock())
+        self._arrivals += 1
+        trunk = Branch(record, 0, request.prompt_token_ids, is_trunk=request.n > 1)
+        record.branches.append(trunk)
+        record.note(EventKind.SUBMITTED, self._step, num_prompt_tokens=len(request.prompt_token_ids), max_tokens=request.max_tokens)
+        self._records[request.request_id] = record
+        self._waiting.push(trunk)
+
+    def plan(self) -> StepPlan | None:
+        """Decide the next step and reserve its slots; None when nothing is left to do.
+
+        Raises:
+            InvariantError: the last plan was neither completed nor undone; or nothing could be scheduled although work is left.
+
+        Cost: a fixed number of array operations for all decoding branches; Python only for prefills, admissions and preemptions.
+        """
+        if self._outstanding is not None:
+            raise InvariantError("the last plan is outstanding: complete or undo it first")
+        if not self._records:
+            return None
+        builder = PlanBuilder(self.manager, self._running)
+        preempted = self._schedule_decodes(builder)
+        preempted |= self._schedule_prefills(builder)
+        self._admit(builder, preempted=preempted)
+        if not builder.num_tokens:
+            self._explain_standstill()
+        plan = builder.build(self._step)
+        self._step += 1
+        self._outstanding = plan
+        return plan
+
+    def complete(self, plan: StepPlan, token_ids: Int32Array) -> StepOutcome:
+        """Book a step that has run: what it computed is published, what it sampled is appended, who is done ends.
+
+        Args:
+            plan: the outstanding one.
+            token_ids: ``[Q]`` int32 new tokens in the order of ``plan.sampling_seqs``; -1 where none could be sampled (end that branch with
+                ``finish`` before the next plan).
+        """
+        self._take_outstanding(plan)
+        table = self.manager.table
+        next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
+        next_ids[plan.sampling_seqs] = token_ids
+        self.manager.complete(plan.seqs, next_ids)
+        rows = plan.rows[plan.sampling_seqs]
+        first = self._running.at_first_token(rows)
+        if len(first):
+            self._note_first_tokens(first.tolist())
+        stopped, too_long = self._running.ended(rows, np.asarray(token_ids, dtype=np.int32))
+        finished = []
+        ends = stopped | too_long
+        if ends.any():
+            for row, token, stop in zip(rows[ends].tolist(), np.asarray(token_ids)[ends].tolist(), stopped[ends].tolist(), strict=True):
+                branch = self._running.branch(row)
+                stop_reason = token if stop and token not in branch.request.eos_token_ids else None
+                self._finish(branch, "stop" if stop else "length", stop_reason)
+                finished.append(branch)
+        for row in self._waiting.deferred_rows:
+            self._waiting.wake(row, int(table.num_computed[row]))
+        if self._running.num_trunks:
+            self._fork_ready()
+        for request_id in self._take_doomed():
+            self.abort(request_id)
+        return StepOutcome(tuple(finished))
+
+    def undo(self, plan: StepPlan) -> None:
+        """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
+        self._take_outstanding(plan)
+        self.manager.cancel(plan.seqs)
+        for row in plan.rows.tolist():
+            self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
+        for request_id in self._take_doomed():
+            self.abort(request_id)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, keeping what it has; during a step, right after it.
+
+        Returns:
+            False when no such request is alive (a no-op).
+        """
+        record = self._records.get(request_id)
+        if record is None:
+            return False
+        if self._outstanding is not None:
+            self._doomed[request_id] = None
+            return True
+        for branch in list(record.branches):
+            self._finish(branch, "abort", None)
+        return True
+
+    def finish(
+        self, request_id: str, index: int, reason: FinishReason, *, stop_reason: str | None = None, error: PagedKVError | None = None
+    ) -> bool:
+        """End one branch from outside: a stop string was found, or something of its own failed.
+
+        Returns:
+            False when the branch has ended already (a no-op).
+        """
+        record = self._records.get(request_id)
+        branches = [branch for branch in record.branches if branch.index == index] if record else []
+        if record is None or not branches or branches[0].status is Status.FINISHED:
+            return False
+        if self._outstanding is not None:
+            raise InvariantError("a branch cannot be ended while a plan is outstanding: complete or undo it first")
+        if error is not None:
+            record.error = error
+        self._finish(branches[0], reason, stop_reason)
+        return True
+
+    def take_assignments(self) -> list[Assignment]:
+        """Rows given to branches since the last call, in order."""
+        taken, self._assignments = self._assignments, []
+        return taken
+
+    # How it is done.
+
+    def _schedule_decodes(self, builder: PlanBuilder) -> bool:
+        preempted = False
+        while True:
+            rows = self._running.rows
+            decoding = self._running.remaining() == 1
+            if self._running.num_trunks:
+                decoding &= self._running.hold[rows] == 0
+            decodes = rows if decoding.all() else rows[decoding]
+            if not len(decodes):
+                return preempted
+            try:
+                builder.add_decodes(decodes)
+            except OutOfBlocksError as error:
+                self._make_room(error)
+                preempted = True
+            else:
+                return preempted
+
+    def _schedule_prefills(self, builder: PlanBuilder) -> bool:
+        preempted = False
+        if len(builder.decodes) == len(self._running):
+            return False
+        scheduled = set(builder.decodes.tolist())
+        for row in self._running.rows.tolist():
+            budget = self.config.max_num_batched_tokens - builder.num_tokens
+            if row in scheduled or budget <= 0 or row not in self._running.rows:
+                continue
+            preempted |= self._schedule_prefill(builder, row, budget)
+        return preempted
+
+    def _schedule_prefill(self, builder: PlanBuilder, row: int, budget: int) -> bool:
+        """Add a chunk of a running prefill; with no block left, who ranks behind it makes room, or it waits this step."""
+        preempted = False
+        while True:
+            chunk = builder.fit_chunk(row, budget)
+            if chunk:
+                builder.add_prefill(row, chunk)
+                return preempted
+            oldest = min(self._running.branches, key=_age)
+            victims = choose_victims(self.manager, self._running, self._policy, spare={row, *builder.rows})
+            if self._running.branch(row) is not oldest or not victims:
+                return preempted
+            self._preempt(victims, self._running.branch(row).request.request_id)
+            preempted = True
+
+    def _make_room(self, error: OutOfBlocksError) -> None:
+        victims = choose_victims(self.manager, self._running, self._policy)
+        if victims:
+            self._preempt(victims, None)
+            return
+        # Nobody is left to preempt: only pinned prefixes can be in the way of a request that passed submission.
+        branch = min(self._running.branches, key=_age)
+        change = f"{self.manager.statistics().num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
+        branch.record.error = OutOfBlocksError(needed=error.needed, available=error.available, change=change)
+        self._finish(branch, "error", None)
+
+    def _preempt(self, victims: list[Branch], for_request: str | None) -> None:
+        freed = self.manager.num_exclusive_blocks([branch.seq for branch in victims])
+        for branch in victims:
+            known = int(self.manager.table.num_tokens[branch.row])
+            branch.token_ids = self.manager.table.token_ids[branch.row, :known].copy()
+            self._let_go(branch)
+            branch.move(Status.WAITING)
+            branch.num_preemptions += 1
+            self._num_preemptions += 1
+            branch.record.note(EventKind.PREEMPTED, self._step, index=branch.index, freed_blocks=freed, for_request=for_request)
+            self._waiting.push(branch)
+
+    def _admit(self, builder: PlanBuilder, *, preempted: bool) -> None:
+        while builder.num_tokens < self.config.max_num_batched_tokens:
+            ticket = self._admission.next(self._step, preempted=preempted)
+            if ticket is None:
+                return
+            branch, opened = ticket
+            self._waiting.remove(branch)
+            branch.move(Status.RUNNING)
+            self._place(branch, int(opened.seqs[0]))
+            self._book_admission(branch, int(opened.num_cached_tokens[0]))
+            if branch.is_trunk and int(self._running.remaining()[-1]) == 0:
+                self._fork(branch)
+                for child in branch.record.branches:
+                    if builder.num_tokens < self.config.max_num_batched_tokens:
+                        builder.add_prefill(child.row, 1)
+                continue
+            chunk = builder.fit_chunk(branch.row, self.config.max_num_batched_tokens - builder.num_tokens)
+            if chunk:
+                builder.add_prefill(branch.row, chunk)
+
+    def _book_admission(self, branch: Branch, num_cached_tokens: int) -> None:
+        record = branch.record
+        if record.first_scheduled_time is None:
+            record.first_scheduled_time = self._clock()
+            record.num_cached_tokens = num_cached_tokens
+        detail: dict[str, object] = {"index": branch.index, "num_cached_tokens": num_cached_tokens}
+        if not num_cached_tokens:
+            detail["miss"] = self._admission.miss_reason(branch)
+        record.note(EventKind.ADMITTED, self._step, **detail)
+
+    def _place(self, branch: Branch, seq: int) -> None:
+        branch.seq = seq
+        branch.row = int(self.manager.rows_of([seq])[0])
+        self._running.add(branch)
+        self._assignments.append(Assignment(branch.row, branch.request.request_id, branch.index))
+
+    def _fork_ready(self) -> None:
+        for row, left in zip(self._running.rows.tolist(), self._running.remaining().tolist(), strict=True):
+            branch = self._running.branch(row)
+            if branch.is_trunk and left == 0:
+                self._fork(branch)
+
+    def _fork(self, trunk: Branch) -> None:
+        """Turn a trunk, computed up to its last prompt token, into ``n`` branches that share its blocks."""
+        self._running.drop([trunk.row])
+        count = trunk.width - 1
+        trunk.is_trunk = False
+        self._place(trunk, trunk.seq)
+        for index, seq in enumerate(self.manager.fork(trunk.seq, count).tolist(), start=1):
+            child = Branch(trunk.record, index, trunk.token_ids, status=Status.RUNNING)
+            trunk.record.branches.append(child)
+            self._place(child, seq)
+        trunk.record.note(EventKind.FORKED, self._step, n=count + 1)
+
+    def _finish(self, branch: Branch, reason: FinishReason, stop_reason: int | str | None) -> None:
+        if branch.status is Status.FINISHED:
+            return
+        record = branch.record
+        if branch.status is Status.RUNNING:
+            known = int(self.manager.table.num_tokens[branch.row])
+            branch.token_ids = self.manager.table.token_ids[branch.row, :known].copy()
+            self._let_go(branch)
+        else:
+            self._waiting.remove(branch)
+        branch.move(Status.FINISHED)
+        branch.finish_reason, branch.stop_reason = reason, stop_reason
+        record.note(EventKind.FINISHED, self._step, index=branch.index, finish_reason=reason)
+        if record.finished:
+            record.finished_time = self._clock()
+            del self._records[record.request.request_id]
+            self._ended[record.request.request_id] = record
+            while len(self._ended) > self.config.num_ended_kept:
+                self._ended.popitem(last=False)
+
+    def _let_go(self, branch: Branch) -> None:
+        """Give back a running branch's sequence and wake who waited for it."""
+        self._running.drop([branch.row])
+        self.manager.release([branch.seq])
+        self._waiting.wake(branch.row)
+        branch.seq, branch.row = 0, -1
+
+    def _note_first_tokens(self, rows: list[int]) -> None:
+        now = self._clock()
+        for row in rows:
+            record = self._running.branch(row).record
+            if record.first_token_time is None:
+                record.first_token_time = now
+
+    def _take_outstanding(self, plan: StepPlan) -> None:
+        if plan is not self._outstanding:
+            raise InvalidRequestError("this plan is not the outstanding one: each plan is completed or undone exactly once")
+        self._outstanding = None
+
+    def _take_doomed(self) -> list[str]:
+        doomed, self._doomed = list(self._doomed), {}
+        return doomed
+
+    def _explain_standstill(self) -> None:
+        raise InvariantError(
+            f"nothing could be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
+            f"{self.manager.num_available_blocks} of {self.manager.num_usable_blocks} blocks available, "
+            f"{self.manager.statistics().num_pins} pins"
+        )
+
+
+def _age(branch: Branch) -> tuple[int, int]:
+    return (branch.record.arrival, branch.index)
