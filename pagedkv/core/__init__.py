@@ -5,9 +5,10 @@ Start with ``KVCacheManager``; the parts below it (``BlockPool``, ``PrefixCache`
 
 from pagedkv.core.block_pool import NULL_BLOCK, Allocation, BlockPool
 from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
-from pagedkv.core.manager import Extension, KVCacheManager, Match, Opened
+from pagedkv.core.manager import KVCacheManager, Match, Opened
 from pagedkv.core.prefix_cache import PrefixCache
 from pagedkv.core.report import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
+from pagedkv.core.reservations import Extension
 from pagedkv.core.sequence_table import SequenceTable
 
 __all__ = [

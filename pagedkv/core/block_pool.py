@@ -169,7 +169,7 @@ class BlockPool:
         Raises:
             InvariantError: a block is not held, or cached already.
         """
-        if (self._references[block_ids] < 1).any() or self._cached[block_ids].any():
+        if np.count_nonzero(self._references[block_ids] < 1) or np.count_nonzero(self._cached[block_ids]):
             raise InvariantError("only a held block that is not cached yet can be published")
         self._cached[block_ids] = True
 

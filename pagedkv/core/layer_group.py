@@ -44,17 +44,19 @@ class LayerGroup:
             holders: ``[n]`` int32 blocks that hold the contents; the caller's references end up on these.
 
         Returns:
-            how many were duplicates.
+            how many were duplicates. No block is mentioned twice among those that are not.
         """
         twins = holders != block_ids
-        fresh = holders[~twins]
-        fresh = np.unique(fresh[~self.pool.cached[fresh]])
+        num_twins = int(np.count_nonzero(twins))
+        fresh = holders[~twins] if num_twins else holders
+        known = self.pool.cached[fresh]
+        if np.count_nonzero(known):
+            fresh = fresh[~known]
         self.pool.mark_cached(fresh)
-        if not twins.any():
-            return 0
-        self.pool.acquire(holders[twins])
-        self.pool.release(block_ids[twins])
-        return int(twins.sum())
+        if num_twins:
+            self.pool.acquire(holders[twins])
+            self.pool.release(block_ids[twins])
+        return num_twins
 
     def forget(self, block_ids: Int32Array) -> None:
         """Make published blocks unfindable; those that nobody holds become free."""

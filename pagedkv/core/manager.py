@@ -14,9 +14,11 @@ from pagedkv.core import auditing
 from pagedkv.core.eviction import EvictionPolicy
 from pagedkv.core.layer_group import LayerGroup
 from pagedkv.core.prefix_cache import Namespaces
+from pagedkv.core.publication import Publication
 from pagedkv.core.report import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
+from pagedkv.core.reservations import Extension, Reservations
 from pagedkv.core.sequence_table import SequenceTable
-from pagedkv.errors import ConfigError, InvalidRequestError, OutOfBlocksError, StaleHandleError, UnknownHandleError
+from pagedkv.errors import ConfigError, InvalidRequestError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import Int32Array, Int64Array
 
 _NO_TOKEN = -1
@@ -28,14 +30,6 @@ class Opened:
 
     seqs: Int64Array
     num_cached_tokens: Int32Array
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Extension:
-    """Reserved slots: ``slot_mapping [G, T]`` int64 in the order asked, and per group ``copies [C, 2]`` int32 (source, target) blocks."""
-
-    slot_mapping: Int64Array
-    copies: tuple[Int32Array, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +94,9 @@ class KVCacheManager:
         self._namespaces = Namespaces()
         self._pins: dict[int, tuple[Int32Array, ...]] = {}
         self._next_pin = 1
-        self._query_tokens = self._hit_tokens = self._deduplicated = self._copies = 0
+        self._reservations = Reservations(self._table, self._groups, block_size=block_size)
+        self._publication = Publication(self._table, self._groups, block_size=block_size)
+        self._query_tokens = self._hit_tokens = 0
 
     # Questions: they change nothing.
 
@@ -161,10 +157,10 @@ class KVCacheManager:
         """Blocks of a match that somebody holds, so that sharing them makes none less available; in the group with the fewest."""
         return min(int((group.pool.references[list(ids)] > 0).sum()) for group, ids in zip(self._groups, match.block_ids, strict=True))
 
-    def num_blocks_needed(self, seqs: Sequence[int] | Int64Array, num_new_tokens: Sequence[int] | Int32Array) -> int:
+    def num_blocks_needed(self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array) -> int:
         """Blocks that ``extend`` with the same arguments would take from each pool; raises what it would raise, but for lack of blocks."""
-        rows, start, end = self._reservation(seqs, num_new_tokens)
-        return int(self._missing(rows, end).sum()) + max(len(tails) for tails in self._shared_tails(rows, start))
+        rows, _, end = self._reservation(seqs, num_new_tokens)
+        return int(self._reservations.missing_blocks(rows, end).sum()) + self._reservations.most_copies(rows)
 
     def num_exclusive_blocks(self, seqs: Sequence[int] | Int64Array) -> int:
         """Blocks that would become available if these sequences were released together, in the scarcest group; O(blocks they hold)."""
@@ -214,14 +210,14 @@ class KVCacheManager:
             self._sweep_namespaces()
         return Opened(seqs, cached)
 
-    def extend(self, seqs: Sequence[int] | Int64Array, num_new_tokens: Sequence[int] | Int32Array) -> Extension:
+    def extend(self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array) -> Extension:
         """Reserve slots for the next known tokens of many sequences at once.
 
         All or nothing: when this raises, no state has changed.
 
         Args:
             seqs: ``[S]`` live handles, no repeats.
-            num_new_tokens: ``[S]`` int32 tokens (not blocks) to store next, each at least 1 and known already.
+            num_new_tokens: ``[S]`` int32 tokens (not blocks) to store next, each at least 1 and known already; or one number for all.
 
         Returns:
             Slots in sequence order, ``T = num_new_tokens.sum()``, and the blocks to copy before anything is written.
@@ -233,19 +229,13 @@ class KVCacheManager:
 
         Cost: a fixed number of array operations plus O(blocks added).
         """
-        rows, start, end = self._reservation(seqs, num_new_tokens)
-        missing = self._missing(rows, end)
-        total = int(missing.sum())
-        shared = self._shared_tails(rows, start)
-        for group, tails in zip(self._groups, shared, strict=True):
-            if total + len(tails) > group.pool.num_available:
-                raise OutOfBlocksError(needed=total + len(tails), available=group.pool.num_available)
-        copies = tuple(self._copy_tails(index, tails) for index, tails in enumerate(shared))
-        if total:
-            self._append_blocks(rows, missing, total)
-        self._table.num_reserved[rows] = end
-        self._table.tail_shared[rows] = False  # copied, or found to be held by nobody else
-        return Extension(self._slots(rows, start, end), copies)
+        if isinstance(num_new_tokens, int) and num_new_tokens == 1:
+            rows = self.rows_of(seqs)
+            start = self._table.num_reserved[rows]
+            if np.count_nonzero(start < self._table.num_tokens[rows]) != len(rows):
+                self._refuse_reservation(rows, num_new_tokens)
+            return self._reservations.grow_by_one(rows, start)
+        return self._reservations.grow(*self._reservation(seqs, num_new_tokens))
 
     def complete(self, seqs: Sequence[int] | Int64Array, next_token_ids: Sequence[int] | Int32Array | None = None) -> None:
         """Note that all reserved tokens are computed and publish the blocks that became full; append each sequence's next token.
@@ -263,15 +253,16 @@ class KVCacheManager:
         rows = self.rows_of(seqs)
         tokens = self._check_next(rows, next_token_ids)
         table = self._table
-        table.num_computed[rows] = computed = table.num_reserved[rows]
+        computed = table.num_reserved[rows]
+        table.num_computed[rows] = computed
         table.copy_pending[rows] = False
         if tokens is not None:
             self._append_tokens(rows, tokens)
         if self._caching:
             full = computed // self._block_size
-            behind = full > table.num_published[rows]
-            if behind.any():
-                self._publish(rows[behind], full[behind])
+            behind = (full > table.num_published[rows]).nonzero()[0]
+            if len(behind):
+                self._publication.publish(rows[behind], full[behind])
 
     def append(self, seqs: Sequence[int] | Int64Array, token_ids: Sequence[int] | Int32Array) -> None:
         """Make one more token of each sequence known without computing anything; arguments and errors as for ``complete``."""
@@ -289,7 +280,7 @@ class KVCacheManager:
         table = self._table
         kept = table.num_computed[rows]
         kept = np.where(table.copy_pending[rows], kept // self._block_size * self._block_size, kept)
-        self._cut(rows, kept)
+        self._reservations.cut(rows, kept)
 
     def fork(self, seq: int, count: int) -> Int64Array:
         """Make ``count`` sequences that share all of a sequence's blocks; whoever writes into a shared block first gets a copy.
@@ -319,8 +310,7 @@ class KVCacheManager:
         table.token_ids[rows] = table.token_ids[row]
         for column in (table.num_tokens, table.num_reserved, table.num_computed, table.num_blocks, table.num_published, table.roots):
             column[rows] = column[row]
-        table.tail_shared[rows] = True
-        table.tail_shared[row] = True
+        table.mark_tails_shared(np.append(rows, row))
         return seqs
 
     def truncate(self, seqs: Sequence[int] | Int64Array, num_tokens: Sequence[int] | Int32Array) -> None:
@@ -341,7 +331,7 @@ class KVCacheManager:
         pending = self._table.copy_pending[rows]
         computed = self._table.num_computed[rows]
         computed = np.where(pending, computed // self._block_size * self._block_size, computed)
-        self._cut(rows, np.minimum(computed, lengths))
+        self._reservations.cut(rows, np.minimum(computed, lengths))
 
     def release(self, seqs: Sequence[int] | Int64Array) -> None:
         """End sequences and let go of their blocks; published blocks stay findable until they are evicted.
@@ -429,8 +419,8 @@ class KVCacheManager:
             num_reserved_slots=int(self._table.num_blocks.sum()) * self._block_size,
             num_query_tokens=self._query_tokens,
             num_hit_tokens=self._hit_tokens,
-            num_deduplicated=self._deduplicated,
-            num_copies=self._copies,
+            num_deduplicated=self._publication.num_deduplicated,
+            num_copies=self._reservations.num_copies,
         )
 
     def snapshot(self) -> Snapshot:
@@ -500,80 +490,19 @@ class KVCacheManager:
         self._table.num_reserved[row] = self._table.num_computed[row] = match.num_tokens
 
     def _reservation(
-        self, seqs: Sequence[int] | Int64Array, num_new_tokens: Sequence[int] | Int32Array
+        self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array
     ) -> tuple[Int64Array, Int32Array, Int32Array]:
         rows = self.rows_of(seqs)
-        counts = _as_counts(num_new_tokens, len(rows))
+        counts = np.full(len(rows), num_new_tokens, np.int32) if isinstance(num_new_tokens, int) else _as_counts(num_new_tokens, len(rows))
         start = self._table.num_reserved[rows]
         end = start + counts
         if len(rows) and (int(counts.min()) < 1 or (end > self._table.num_tokens[rows]).any()):
-            left = (self._table.num_tokens[rows] - start).tolist()
-            raise InvalidRequestError(
-                f"cannot reserve {counts.tolist()} tokens: each must be at least 1 and at most what is known and unreserved, {left}"
-            )
+            self._refuse_reservation(rows, num_new_tokens)
         return rows, start, end
 
-    def _missing(self, rows: Int64Array, end: Int32Array) -> Int32Array:
-        return (end + (self._block_size - 1)) // self._block_size - self._table.num_blocks[rows]
-
-    def _shared_tails(self, rows: Int64Array, start: Int32Array) -> list[Int64Array]:
-        """Per group, the rows that must copy their half-full last block before they write on in it."""
-        suspects = rows[self._table.tail_shared[rows]]
-        if not len(suspects):
-            return [suspects] * len(self._groups)
-        first = self._table.num_reserved[suspects]
-        suspects = suspects[first % self._block_size != 0]
-        return [self._writers_to_copy(index, suspects) for index in range(len(self._groups))]
-
-    def _writers_to_copy(self, index: int, rows: Int64Array) -> Int64Array:
-        tails = self._table.block_tables[index, rows, self._table.num_blocks[rows] - 1]
-        pool = self._groups[index].pool
-        copying = pool.is_shared(tails)
-        # Where all holders of an unpublished block write in this very call, the last of them may keep it.
-        ids, inverse, counts = np.unique(tails, return_inverse=True, return_counts=True)
-        kept = (counts == pool.references[ids]) & ~pool.cached[ids]
-        last = np.zeros(len(ids), dtype=np.int64)
-        last[inverse] = np.arange(len(rows))
-        copying[last[kept]] = False
-        return rows[copying]
-
-    def _copy_tails(self, index: int, rows: Int64Array) -> Int32Array:
-        if not len(rows):
-            return np.zeros((0, 2), dtype=np.int32)
-        group, table = self._groups[index], self._table
-        where = table.num_blocks[rows] - 1
-        source = table.block_tables[index, rows, where]
-        target = group.take(len(rows))
-        table.block_tables[index, rows, where] = target
-        group.pool.release(source)
-        table.copy_pending[rows] = True
-        table.num_published[rows] = np.minimum(table.num_published[rows], where)
-        self._copies += len(rows)
-        return np.stack([source, target], axis=1)
-
-    def _append_blocks(self, rows: Int64Array, missing: Int32Array, total: int) -> None:
-        table = self._table
-        grow = missing > 0
-        rows, missing = rows[grow], missing[grow]
-        first = table.num_blocks[rows]
-        columns = _ranges(first, missing)
-        owners = np.repeat(rows, missing)
-        for index, group in enumerate(self._groups):
-            table.block_tables[index, owners, columns] = group.take(total)
-        table.num_blocks[rows] = first + missing
-
-    def _slots(self, rows: Int64Array, start: Int32Array, end: Int32Array) -> Int64Array:
-        size = self._block_size
-        counts = end - start
-        if len(rows) and int(counts.max()) == 1:
-            positions, owners = start, rows
-        else:
-            positions, owners = _ranges(start, counts), np.repeat(rows, counts)
-        columns, offsets = np.divmod(positions, size)
-        slots = self._table.block_tables[:, owners, columns].astype(np.int64)
-        slots *= size
-        slots += offsets
-        return slots
+    def _refuse_reservation(self, rows: Int64Array, asked: object) -> None:
+        left = (self._table.num_tokens[rows] - self._table.num_reserved[rows]).tolist()
+        raise InvalidRequestError(f"cannot reserve {asked} tokens: each must be from 1 to what is known and unreserved, {left}")
 
     def _check_next(self, rows: Int64Array, token_ids: Sequence[int] | Int32Array | None) -> Int32Array | None:
         if token_ids is None:
@@ -582,8 +511,9 @@ class KVCacheManager:
         if len(rows):
             if int(tokens.min()) < _NO_TOKEN:
                 raise InvalidRequestError(f"token id {int(tokens.min())} is below 0 (-1 stands for no token)")
-            longest = int(self._table.num_tokens[rows].max()) + 1
-            if longest > self._max_seq_len and (self._table.num_tokens[rows][tokens >= 0] >= self._max_seq_len).any():
+            known = self._table.num_tokens[rows]
+            longest = int(known.max()) + 1
+            if longest > self._max_seq_len and (known[tokens >= 0] >= self._max_seq_len).any():
                 raise InvalidRequestError(f"a sequence has reached max_seq_len, {self._max_seq_len} tokens")
             self._table.ensure_columns(min(longest, self._max_seq_len))
         return tokens
@@ -595,58 +525,6 @@ class KVCacheManager:
             rows, tokens, known = rows[some], tokens[some], known[some]
         self._table.token_ids[rows, known] = tokens
         self._table.num_tokens[rows] = known + 1
-
-    def _publish(self, rows: Int64Array, full: Int32Array) -> None:
-        allowed = self._table.roots[rows] != 0
-        rows, full = rows[allowed], full[allowed]
-        if not len(rows):
-            return
-        first = self._table.num_published[rows]
-        single = full - first == 1
-        for index in range(len(self._groups)):
-            if single.any():
-                self._publish_singles(index, rows[single], first[single])
-            for row, begin, end in zip(rows[~single].tolist(), first[~single].tolist(), full[~single].tolist(), strict=True):
-                self._publish_chain(index, row, begin, end)
-        self._table.num_published[rows] = full
-
-    def _publish_singles(self, index: int, rows: Int64Array, column: Int32Array) -> None:
-        table, group, size = self._table, self._groups[index], self._block_size
-        blocks = table.block_tables[index, rows, column]
-        before = table.block_tables[index, rows, np.maximum(column - 1, 0)]
-        parents = np.where(column > 0, before, table.roots[rows])
-        contents = table.token_ids.reshape(table.max_num_seqs, -1, size)[rows, column]
-        holders = group.cache.publish(parents, contents, blocks, table.roots[rows])
-        twins = group.settle(blocks, holders)
-        if twins:
-            self._deduplicated += twins
-            table.block_tables[index, rows, column] = holders
-
-    def _publish_chain(self, index: int, row: int, begin: int, end: int) -> None:
-        table, group, size = self._table, self._groups[index], self._block_size
-        blocks = table.block_tables[index, row, begin:end].copy()
-        root = int(table.roots[row])
-        parent = int(table.block_tables[index, row, begin - 1]) if begin else root
-        contents = table.token_ids[row, begin * size : end * size].reshape(end - begin, size)
-        holders = group.cache.publish_chain(parent, contents, blocks, root)
-        self._deduplicated += group.settle(blocks, holders)
-        table.block_tables[index, row, begin:end] = holders
-
-    def _cut(self, rows: Int64Array, num_computed: Int32Array) -> None:
-        """Leave each row with so many computed tokens, no reservation, and the blocks that those need."""
-        table, size = self._table, self._block_size
-        keep = (num_computed + (size - 1)) // size
-        held = table.num_blocks[rows]
-        surplus = held - keep
-        owners, columns = np.repeat(rows, surplus), _ranges(keep, surplus)
-        for index, group in enumerate(self._groups):
-            group.pool.release(table.block_tables[index, owners, columns][::-1])
-            table.block_tables[index, owners, columns] = 0
-        table.num_blocks[rows] = keep
-        table.num_reserved[rows] = table.num_computed[rows] = num_computed
-        table.num_published[rows] = np.minimum(table.num_published[rows], num_computed // size)
-        table.tail_shared[rows] |= num_computed % size != 0
-        table.copy_pending[rows] = False
 
     def _table_ids(self, index: int, rows: Int64Array, *, tail_first: bool = False) -> Int32Array:
         table = self._table.block_tables[index]
@@ -678,10 +556,3 @@ def _as_counts(values: Sequence[int] | Int32Array, length: int) -> Int32Array:
         raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {counts.dtype} of shape {counts.shape}")
     narrow: Int32Array = counts.astype(np.int32, copy=False)
     return narrow
-
-
-def _ranges(first: Int32Array, counts: Int32Array) -> Int32Array:
-    """``first[i], first[i] + 1, ...`` for ``counts[i]`` numbers, one range after the other."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return (np.arange(total) + np.repeat(first - (ends - counts), counts)).astype(np.int32)

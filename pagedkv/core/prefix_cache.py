@@ -74,21 +74,21 @@ class PrefixCache:
         width = (1 + self._block_size) * _ID_NBYTES
         raw = np.concatenate([parents[:, None], token_ids], axis=1).astype("<i4", copy=False).tobytes()
         ids = block_ids.tolist()
-        claim = self._blocks.setdefault
-        keys = [raw[start : start + width] for start in range(0, len(raw), width)]
-        holders = [claim(key, block) for key, block in zip(keys, ids, strict=True)]
-        known = self._keys
-        new = []
-        for key, block, holder in zip(keys, ids, holders, strict=True):
-            if block == holder and known[block] is None:
+        claim, known = self._blocks.setdefault, self._keys
+        holders = []
+        fresh = []
+        for index, (block, start) in enumerate(zip(ids, range(0, len(raw), width), strict=True)):
+            key = raw[start : start + width]
+            holder = claim(key, block)
+            holders.append(holder)
+            if holder == block and known[block] is None:
                 known[block] = key
-                new.append(True)
-            else:
-                new.append(False)
-        fresh = np.array(new, dtype=np.bool_)
-        self._roots[block_ids[fresh]] = roots[fresh]
-        inner = parents[fresh]
-        np.add.at(self._num_children, inner[inner > 0], 1)
+                fresh.append(index)
+        if len(fresh) < len(ids):
+            block_ids, parents, roots = block_ids[fresh], parents[fresh], roots[fresh]
+        self._roots[block_ids] = roots
+        np.add.at(self._num_children, np.maximum(parents, 0), 1)
+        self._num_children[0] = 0  # where the roots' children were counted
         return np.array(holders, dtype=np.int32)
 
     def publish_chain(self, parent: int, token_ids: Int32Array, block_ids: Int32Array, root: int) -> Int32Array:

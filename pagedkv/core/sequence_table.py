@@ -53,10 +53,15 @@ class SequenceTable:
         self.roots = np.zeros(max_num_seqs, dtype=np.int32)
         self.tail_shared = np.zeros(max_num_seqs, dtype=np.bool_)
         self.copy_pending = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.some_tail_shared = False  # whether any row may be marked; spares the decode path a look at each
         self._handles = np.zeros(max_num_seqs, dtype=np.int64)  # 0: no live sequence in this row
         self._generations = np.ones(max_num_seqs, dtype=np.int64)
         self._mark = np.zeros(max_num_seqs, dtype=np.int64)
         self._free = list(range(max_num_seqs - 1, -1, -1))
+        self._epoch = 0  # counts openings and closings of rows
+        self._last_seqs: Int64Array | None = None
+        self._last_rows = np.zeros(0, dtype=np.int64)
+        self._last_epoch = -1
 
     @property
     def max_num_seqs(self) -> int:
@@ -84,13 +89,14 @@ class SequenceTable:
         return handles
 
     def rows_of(self, seqs: Int64Array) -> Int64Array:
-        """Rows of distinct live handles; a fixed number of array operations.
+        """Rows of distinct live handles; a fixed number of array operations, one comparison for the frozen array of the last call.
 
         Raises:
             UnknownHandleError, StaleHandleError: naming the first wrong handle.
             InvalidRequestError: a handle is given twice.
         """
-        seqs = np.asarray(seqs, dtype=np.int64)
+        if seqs is self._last_seqs and self._last_epoch == self._epoch:
+            return self._last_rows
         rows: Int64Array = seqs & _ROW_MASK
         if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):
             self._refuse(seqs)
@@ -99,16 +105,32 @@ class SequenceTable:
             self._mark[rows] = order
             if not (self._mark[rows] == order).all():
                 raise InvalidRequestError("a sequence is given twice in one call")
+        if not seqs.flags.writeable:
+            # The step path passes the same frozen array step after step: it stays valid until a row is opened or closed.
+            self._last_seqs, self._last_rows, self._last_epoch = seqs, rows, self._epoch
         return rows
+
+    def mark_tails_shared(self, rows: Int64Array) -> None:
+        """Note that the last blocks of these rows may be held by others too."""
+        if len(rows):
+            self.tail_shared[rows] = True
+            self.some_tail_shared = True
+
+    def unmark_tails(self, rows: Int64Array) -> None:
+        """Note that the last blocks of these rows are their own."""
+        self.tail_shared[rows] = False
+        self.some_tail_shared = bool(self.tail_shared.any())
 
     def open_rows(self, count: int) -> tuple[Int64Array, Int64Array]:
         """Take ``count`` empty rows; returns rows and handles. The caller has checked ``num_free_rows``."""
         rows = np.array([self._free.pop() for _ in range(count)], dtype=np.int64)
+        self._epoch += 1
         self._handles[rows] = (self._generations[rows] << _ROW_BITS) | rows
         return rows, self._handles[rows]
 
     def close_rows(self, rows: Int64Array) -> None:
         """Empty rows; their handles are stale from now on."""
+        self._epoch += 1
         self._handles[rows] = 0
         self._generations[rows] += 1
         self.block_tables[:, rows] = 0

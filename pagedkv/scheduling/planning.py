@@ -25,6 +25,7 @@ class PlanBuilder:
         self._manager = manager
         self._running = running
         self.decodes: Int64Array = np.zeros(0, dtype=np.int64)
+        self._seqs = self.decodes
         self._prefills: list[tuple[int, int, int]] = []  # row, first position, tokens
         self._extensions: list[Extension] = []
         self.num_tokens = 0
@@ -36,9 +37,9 @@ class PlanBuilder:
 
     def add_decodes(self, rows: Int64Array) -> None:
         """Reserve one slot in each row; raises ``OutOfBlocksError`` before any change."""
-        handles = self._manager.table.handles_of(rows)
-        self._extensions.append(self._manager.extend(handles, np.ones(len(rows), dtype=np.int32)))
-        self.decodes = rows
+        seqs = self._running.seqs if rows is self._running.rows else self._manager.table.handles_of(rows)
+        self._extensions.append(self._manager.extend(seqs, 1))
+        self.decodes, self._seqs = rows, seqs
         self.num_tokens = len(rows)
 
     def fit_chunk(self, row: int, budget: int) -> int:
@@ -64,21 +65,24 @@ class PlanBuilder:
 
     def build(self, step: int) -> StepPlan:
         """Freeze the plan; O(tokens), a fixed number of array operations for the decodes."""
-        table, decodes = self._manager.table, self.decodes
-        starts = table.num_reserved[decodes] - 1
-        tokens, positions = table.token_ids[decodes, starts], starts
-        rows, query_lens = decodes, np.ones(len(decodes), dtype=np.int32)
+        table, decodes, seqs = self._manager.table, self.decodes, self._seqs
+        num_decodes = len(decodes)
+        rows, cu_seqlens_q = decodes, np.arange(num_decodes + 1, dtype=np.int32)
+        query_lens = np.ones(num_decodes, dtype=np.int32)
+        positions = self._extensions[0].positions if num_decodes else query_lens
+        tokens = table.token_ids[decodes, positions]
         if self._prefills:
             rows = np.concatenate([decodes, np.array([row for row, _, _ in self._prefills], dtype=np.int64)])
+            seqs = table.handles_of(rows)
             query_lens = np.concatenate([query_lens, np.array([count for _, _, count in self._prefills], dtype=np.int32)])
+            cu_seqlens_q = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(query_lens, dtype=np.int32)])
             tokens = np.concatenate([tokens, *(table.token_ids[row, at : at + count] for row, at, count in self._prefills)])
-            positions = np.concatenate([starts, *(np.arange(at, at + count, dtype=np.int32) for _, at, count in self._prefills)])
-        cu_seqlens_q = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(query_lens, out=cu_seqlens_q[1:])
+            positions = _joined([extension.positions for extension in self._extensions], axis=0)
         logits, sampling, sampled_from = self._logits(rows, cu_seqlens_q)
+        groups = range(self._manager.num_groups)
         return StepPlan(
             step=step,
-            seqs=table.handles_of(rows),
+            seqs=seqs,
             rows=rows,
             token_ids=tokens,
             positions=positions,
@@ -87,10 +91,8 @@ class PlanBuilder:
             cu_seqlens_q=cu_seqlens_q,
             slot_mapping=_joined([extension.slot_mapping for extension in self._extensions], axis=1),
             block_tables=_readonly(table.block_tables),
-            copies=tuple(
-                _joined([extension.copies[group] for extension in self._extensions], axis=0) for group in range(self._manager.num_groups)
-            ),
-            num_decodes=len(decodes),
+            copies=tuple(_joined([extension.copies[group] for extension in self._extensions], axis=0) for group in groups),
+            num_decodes=num_decodes,
             logits_indices=logits,
             sampling_seqs=sampling,
             sampling_logits=sampled_from,
@@ -99,10 +101,10 @@ class PlanBuilder:
     def _logits(self, rows: Int64Array, cu_seqlens_q: Int32Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Which packed tokens need logits, which sequences sample, and from which of those logits."""
         table = self._manager.table
-        last = cu_seqlens_q[1:].astype(np.int64) - 1
         if not self._prefills:
             every = np.arange(len(rows))
-            return last, every, every
+            return every, every, every
+        last = cu_seqlens_q[1:].astype(np.int64) - 1
         sampling = np.flatnonzero(table.num_reserved[rows] == table.num_tokens[rows])
         if not self._running.prompt_logits[rows].any():
             return last[sampling], sampling, np.arange(len(sampling))

@@ -18,7 +18,8 @@ class RunningSet:
     """Rows in order of admission, with their limits.
 
     Attributes:
-        rows: ``[n]`` int64 rows of running branches, in order of admission.
+        rows: ``[n]`` int64 rows of running branches, in order of admission; a new array whenever the set changes.
+        seqs: ``[n]`` int64 their handles, frozen: the manager recognises the array.
         hold: ``[R]`` int32 known tokens not to compute yet: 1 for a trunk, whose last prompt token is left to its forks.
         limits: ``[R]`` int32 known tokens at which the branch ends for its length.
         minimums: ``[R]`` int32 known tokens below which a stop id does not end it.
@@ -28,7 +29,8 @@ class RunningSet:
     def __init__(self, table: SequenceTable) -> None:
         size = table.max_num_seqs
         self._table = table
-        self.rows = np.zeros(0, dtype=np.int64)
+        self.rows = self.seqs = np.zeros(0, dtype=np.int64)
+        self._steady_rows: Int64Array | None = None
         self.hold = np.zeros(size, dtype=np.int32)
         self.limits = np.zeros(size, dtype=np.int32)
         self.minimums = np.zeros(size, dtype=np.int32)
@@ -70,7 +72,7 @@ class RunningSet:
         self.minimums[row] = prompt + request.min_tokens
         self.prompt_logits[row] = request.wants_prompt_logits
         self._branches[row] = branch
-        self.rows = np.append(self.rows, row)
+        self._set_rows(np.append(self.rows, row))
         if branch.is_trunk:
             self.num_trunks += 1
             self.num_reserved_rows += branch.width - 1
@@ -83,7 +85,16 @@ class RunningSet:
                 self.num_trunks -= 1
                 self.num_reserved_rows -= branch.width - 1
             self._branches[row] = None
-        self.rows = self.rows[~np.isin(self.rows, rows)]
+        self._set_rows(self.rows[~np.isin(self.rows, rows)])
+
+    @property
+    def steady(self) -> bool:
+        """Whether it is known that all running rows decode: they all got a token in the last step and the set has not changed since."""
+        return self._steady_rows is self.rows
+
+    def note_steady(self, rows: Int64Array) -> None:
+        """Note that just these rows, by identity of the array, got a token each."""
+        self._steady_rows = rows
 
     def remaining(self) -> Int32Array:
         """``[n]`` known tokens of each running row that are still to compute now."""
@@ -94,8 +105,10 @@ class RunningSet:
     def ended(self, rows: Int64Array, token_ids: Int32Array) -> tuple[BoolArray, BoolArray]:
         """Which branches end with the tokens that they have just got: by a stop id, or by length."""
         known = self._table.num_tokens[rows]
-        stopped = (self._stops[rows] == token_ids[:, None]).any(axis=1)
-        stopped &= known >= self.minimums[rows]
+        hits = self._stops[rows] == token_ids[:, None]
+        stopped = hits[:, 0] if hits.shape[1] == 1 else hits.any(axis=1)
+        if np.count_nonzero(stopped):
+            stopped &= known >= self.minimums[rows]
         return stopped, known >= self.limits[rows]
 
     def at_first_token(self, rows: Int64Array) -> Int64Array:
@@ -116,6 +129,11 @@ class RunningSet:
             widths = np.array([branch.width for branch in self.branches])
             short += (widths - 1) * -(-own // block_size)
         return int(short.sum())
+
+    def _set_rows(self, rows: Int64Array) -> None:
+        self.rows = rows
+        self.seqs = self._table.handles_of(rows)
+        self.seqs.flags.writeable = False
 
     def _blocks_short(self, num_tokens: Int32Array, block_size: int) -> Int32Array:
         short: Int32Array = -(-num_tokens // block_size) - self._table.num_blocks[self.rows]

@@ -23,7 +23,7 @@ from pagedkv.errors import (
     PagedKVError,
     RequestTooLargeError,
 )
-from pagedkv.plan import Int32Array, StepPlan
+from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.scheduling.admission import Admission
 from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import EventKind
@@ -198,30 +198,22 @@ class Scheduler:
                 ``finish`` before the next plan).
         """
         self._take_outstanding(plan)
-        table = self.manager.table
-        next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
-        next_ids[plan.sampling_seqs] = token_ids
+        sampled = np.asarray(token_ids, dtype=np.int32)
+        if len(sampled) == plan.num_seqs:
+            next_ids, rows = sampled, plan.rows
+        else:
+            next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
+            next_ids[plan.sampling_seqs] = sampled
+            rows = plan.rows[plan.sampling_seqs]
         self.manager.complete(plan.seqs, next_ids)
-        rows = plan.rows[plan.sampling_seqs]
-        first = self._running.at_first_token(rows)
-        if len(first):
-            self._note_first_tokens(first.tolist())
-        stopped, too_long = self._running.ended(rows, np.asarray(token_ids, dtype=np.int32))
-        finished = []
-        ends = stopped | too_long
-        if ends.any():
-            for row, token, stop in zip(rows[ends].tolist(), np.asarray(token_ids)[ends].tolist(), stopped[ends].tolist(), strict=True):
-                branch = self._running.branch(row)
-                stop_reason = token if stop and token not in branch.request.eos_token_ids else None
-                self._finish(branch, "stop" if stop else "length", stop_reason)
-                finished.append(branch)
-        for row in self._waiting.deferred_rows:
-            self._waiting.wake(row, int(table.num_computed[row]))
-        if self._running.num_trunks:
-            self._fork_ready()
+        if not self._running.steady:
+            self._after_prefills(rows)
+        finished = self._end_branches(rows, sampled)
+        if rows is self._running.rows and int(sampled.min()) >= 0:
+            self._running.note_steady(rows)
         for request_id in self._take_doomed():
             self.abort(request_id)
-        return StepOutcome(tuple(finished))
+        return StepOutcome(finished)
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
@@ -274,14 +266,40 @@ class Scheduler:
 
     # How it is done.
 
+    def _after_prefills(self, sampled_rows: Int64Array) -> None:
+        """What only a step with prompt tokens can bring: first tokens, prefixes that others wait for, trunks ready to fork."""
+        first = self._running.at_first_token(sampled_rows)
+        if len(first):
+            self._note_first_tokens(first.tolist())
+        for row in self._waiting.deferred_rows:
+            self._waiting.wake(row, int(self.manager.table.num_computed[row]))
+        if self._running.num_trunks:
+            self._fork_ready()
+
+    def _end_branches(self, rows: Int64Array, token_ids: Int32Array) -> tuple[Branch, ...]:
+        stopped, too_long = self._running.ended(rows, token_ids)
+        ends = (stopped | too_long).nonzero()[0]
+        finished = []
+        for row, token, stop in zip(rows[ends].tolist(), token_ids[ends].tolist(), stopped[ends].tolist(), strict=True):
+            branch = self._running.branch(row)
+            stop_reason = token if stop and token not in branch.request.eos_token_ids else None
+            self._finish(branch, "stop" if stop else "length", stop_reason)
+            finished.append(branch)
+        return tuple(finished)
+
+    def _decoding_rows(self) -> Int64Array:
+        rows = self._running.rows
+        if self._running.steady:
+            return rows
+        decoding = self._running.remaining() == 1
+        if self._running.num_trunks:
+            decoding &= self._running.hold[rows] == 0
+        return rows if decoding.all() else rows[decoding]
+
     def _schedule_decodes(self, builder: PlanBuilder) -> bool:
         preempted = False
         while True:
-            rows = self._running.rows
-            decoding = self._running.remaining() == 1
-            if self._running.num_trunks:
-                decoding &= self._running.hold[rows] == 0
-            decodes = rows if decoding.all() else rows[decoding]
+            decodes = self._decoding_rows()
             if not len(decodes):
                 return preempted
             try:

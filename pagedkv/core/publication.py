@@ -1,0 +1,65 @@
+"""Making computed full blocks findable, and swapping duplicates for the block that is findable already.
+
+Owns no state but a count: it works on the table and the groups for the ``KVCacheManager``, after a step has completed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.sequence_table import SequenceTable
+from pagedkv.plan import Int32Array, Int64Array
+
+
+class Publication:
+    """Publishes rows' full blocks up to given counts; about 1 microsecond a block."""
+
+    def __init__(self, table: SequenceTable, groups: Sequence[LayerGroup], *, block_size: int) -> None:
+        self._table = table
+        self._groups = groups
+        self._size = block_size
+        self.num_deduplicated = 0
+
+    def publish(self, rows: Int64Array, full: Int32Array) -> None:
+        """Make the first ``full[i]`` blocks of each row findable; rows without a root may not publish and are left out."""
+        roots = self._table.roots[rows]
+        if not roots.all():
+            rows, full, roots = rows[roots != 0], full[roots != 0], roots[roots != 0]
+        first = self._table.num_published[rows]
+        single = full - first == 1
+        if single.all():
+            self._publish_singles(rows, first, roots)
+        else:
+            if single.any():
+                self._publish_singles(rows[single], first[single], roots[single])
+            for row, begin, end in zip(rows[~single].tolist(), first[~single].tolist(), full[~single].tolist(), strict=True):
+                self._publish_chain(row, begin, end)
+        self._table.num_published[rows] = full
+
+    def _publish_singles(self, rows: Int64Array, column: Int32Array, roots: Int32Array) -> None:
+        table = self._table
+        contents = table.token_ids.reshape(table.max_num_seqs, -1, self._size)[rows, column]
+        for tables, group in zip(table.block_tables, self._groups, strict=True):
+            blocks = tables[rows, column]
+            parents = tables[rows, column - 1]
+            if not column.all():
+                parents = np.where(column > 0, parents, roots)
+            holders = group.cache.publish(parents, contents, blocks, roots)
+            if group.settle(blocks, holders):
+                self.num_deduplicated += int(np.count_nonzero(holders != blocks))
+                tables[rows, column] = holders
+
+    def _publish_chain(self, row: int, begin: int, end: int) -> None:
+        table, size = self._table, self._size
+        root = int(table.roots[row])
+        contents = table.token_ids[row, begin * size : end * size].reshape(end - begin, size)
+        for tables, group in zip(table.block_tables, self._groups, strict=True):
+            blocks = tables[row, begin:end].copy()
+            parent = int(tables[row, begin - 1]) if begin else root
+            holders = group.cache.publish_chain(parent, contents, blocks, root)
+            if group.settle(blocks, holders):
+                self.num_deduplicated += int(np.count_nonzero(holders != blocks))
+                tables[row, begin:end] = holders

@@ -1,0 +1,168 @@
+"""How sequences get slots and give them back: growing tables, copying before a shared block is written, cutting.
+
+Owns no state: it works on the table and the groups for the ``KVCacheManager``, which has validated everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.sequence_table import SequenceTable
+from pagedkv.errors import OutOfBlocksError
+from pagedkv.plan import Int32Array, Int64Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extension:
+    """Reserved slots, in the order asked.
+
+    Attributes:
+        slot_mapping: ``[G, T]`` int64 slots, ``block_id * block_size + offset``.
+        positions: ``[T]`` int32 positions of the tokens in their sequences.
+        copies: per group, ``[C, 2]`` int32 (source, target) blocks to copy before anything is written.
+    """
+
+    slot_mapping: Int64Array
+    positions: Int32Array
+    copies: tuple[Int32Array, ...]
+
+
+class Reservations:
+    """Grows and cuts rows of a table; takes and releases the blocks that go with it."""
+
+    def __init__(self, table: SequenceTable, groups: Sequence[LayerGroup], *, block_size: int) -> None:
+        self._table = table
+        self._groups = groups
+        self._size = block_size
+        self._no_copies = (np.zeros((0, 2), dtype=np.int32),) * len(groups)
+        self.num_copies = 0
+
+    def grow_by_one(self, rows: Int64Array, start: Int32Array) -> Extension:
+        """One more slot in each row, from position ``start``: the decode path, a fixed and small number of array operations."""
+        columns, offsets = np.divmod(start, self._size)
+        fresh = (offsets == 0).nonzero()[0]  # a table holds exactly the blocks that its slots need, so only a full one grows
+        copies = self._prepare(rows, len(fresh))
+        if len(fresh):
+            owners, at = rows[fresh], columns[fresh]
+            for index, group in enumerate(self._groups):
+                self._table.block_tables[index][owners, at] = group.take(len(fresh))
+            self._table.num_blocks[owners] = at + 1
+        self._table.num_reserved[rows] = start + 1
+        return Extension(self._slots(rows, columns, offsets), start, copies)
+
+    def grow(self, rows: Int64Array, start: Int32Array, end: Int32Array) -> Extension:
+        """Slots from ``start`` to before ``end`` in each row; raises ``OutOfBlocksError`` before any change."""
+        missing = self.missing_blocks(rows, end)
+        total = int(missing.sum())
+        copies = self._prepare(rows, total)
+        if total:
+            self._append_blocks(rows, missing, total)
+        self._table.num_reserved[rows] = end
+        counts = end - start
+        positions = ranges(start, counts)
+        columns, offsets = np.divmod(positions, self._size)
+        return Extension(self._slots(np.repeat(rows, counts), columns, offsets), positions, copies)
+
+    def missing_blocks(self, rows: Int64Array, end: Int32Array) -> Int32Array:
+        """Blocks that each row's table lacks for ``end`` tokens, without copies."""
+        missing: Int32Array = (end + (self._size - 1)) // self._size - self._table.num_blocks[rows]
+        return missing
+
+    def most_copies(self, rows: Int64Array) -> int:
+        """Copies that writing on in these rows needs, in the group that needs most."""
+        return max(map(len, self._tails_to_copy(rows))) if self._table.some_tail_shared else 0
+
+    def cut(self, rows: Int64Array, num_computed: Int32Array) -> None:
+        """Leave each row with so many computed tokens, no reservation, and just the blocks that those need."""
+        table, size = self._table, self._size
+        keep = (num_computed + (size - 1)) // size
+        surplus = table.num_blocks[rows] - keep
+        owners, columns = np.repeat(rows, surplus), ranges(keep, surplus)
+        for index, group in enumerate(self._groups):
+            group.pool.release(table.block_tables[index, owners, columns][::-1])
+            table.block_tables[index, owners, columns] = 0
+        table.num_blocks[rows] = keep
+        table.num_reserved[rows] = table.num_computed[rows] = num_computed
+        table.num_published[rows] = np.minimum(table.num_published[rows], num_computed // size)
+        table.mark_tails_shared(rows[num_computed % size != 0])
+        table.copy_pending[rows] = False
+
+    def _prepare(self, rows: Int64Array, num_new_blocks: int) -> tuple[Int32Array, ...]:
+        """Check that all blocks can be had, then copy the shared tails: nothing can fail after the first change."""
+        if not self._table.some_tail_shared:
+            self._check_available([num_new_blocks] * len(self._groups))
+            return self._no_copies
+        tails = self._tails_to_copy(rows)
+        self._check_available([num_new_blocks + len(writers) for writers in tails])
+        copies = tuple(self._copy_tails(index, writers) for index, writers in enumerate(tails))
+        self._table.unmark_tails(rows)  # copied, or found to be held by nobody else
+        return copies
+
+    def _check_available(self, needed: list[int]) -> None:
+        for count, group in zip(needed, self._groups, strict=True):
+            if count > group.pool.num_available:
+                raise OutOfBlocksError(needed=count, available=group.pool.num_available)
+
+    def _tails_to_copy(self, rows: Int64Array) -> list[Int64Array]:
+        """Per group, the rows that must copy their half-full last block before they write on in it."""
+        suspects = rows[self._table.tail_shared[rows]]
+        suspects = suspects[self._table.num_reserved[suspects] % self._size != 0]
+        return [self._writers_to_copy(index, suspects) for index in range(len(self._groups))]
+
+    def _writers_to_copy(self, index: int, rows: Int64Array) -> Int64Array:
+        tails = self._table.block_tables[index, rows, self._table.num_blocks[rows] - 1]
+        pool = self._groups[index].pool
+        copying = pool.is_shared(tails)
+        # Where all holders of an unpublished block write in this very call, the last of them may keep it.
+        ids, inverse, counts = np.unique(tails, return_inverse=True, return_counts=True)
+        kept = (counts == pool.references[ids]) & ~pool.cached[ids]
+        last = np.zeros(len(ids), dtype=np.int64)
+        last[inverse] = np.arange(len(rows))
+        copying[last[kept]] = False
+        return rows[copying]
+
+    def _copy_tails(self, index: int, rows: Int64Array) -> Int32Array:
+        if not len(rows):
+            return self._no_copies[index]
+        group, table = self._groups[index], self._table
+        where = table.num_blocks[rows] - 1
+        source = table.block_tables[index, rows, where]
+        target = group.take(len(rows))
+        table.block_tables[index, rows, where] = target
+        group.pool.release(source)
+        table.copy_pending[rows] = True
+        table.num_published[rows] = np.minimum(table.num_published[rows], where)
+        self.num_copies += len(rows)
+        return np.stack([source, target], axis=1)
+
+    def _append_blocks(self, rows: Int64Array, missing: Int32Array, total: int) -> None:
+        table = self._table
+        grow = missing > 0
+        rows, missing = rows[grow], missing[grow]
+        first = table.num_blocks[rows]
+        columns = ranges(first, missing)
+        owners = np.repeat(rows, missing)
+        for index, group in enumerate(self._groups):
+            table.block_tables[index, owners, columns] = group.take(total)
+        table.num_blocks[rows] = first + missing
+
+    def _slots(self, owners: Int64Array, columns: Int32Array, offsets: Int32Array) -> Int64Array:
+        slots = np.empty((len(self._groups), len(owners)), dtype=np.int64)
+        for index, table in enumerate(self._table.block_tables):
+            slots[index] = table[owners, columns]
+        slots *= self._size
+        slots += offsets
+        return slots
+
+
+def ranges(first: Int32Array, counts: Int32Array) -> Int32Array:
+    """``first[i], first[i] + 1, ...`` for ``counts[i]`` numbers, one range after the other, int32."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    numbers = np.arange(total) + np.repeat(first - (ends - counts), counts)
+    narrow: Int32Array = numbers.astype(np.int32)
+    return narrow
