@@ -1,1 +1,58 @@
-"""pagedkv."""
+"""pagedkv: a paged K/V cache to embed.
+
+Batched generation starts at ``LLM``; an engine of your own at ``Engine``, or below it at ``pagedkv.core`` (bookkeeping without torch),
+``pagedkv.scheduling``, ``pagedkv.storage`` and ``pagedkv.attention``. Names load on first use, so that a part costs only what it needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pagedkv.engine import Engine, EngineConfig, EngineStatistics
+    from pagedkv.errors import PagedKVError
+    from pagedkv.llm import LLM
+    from pagedkv.models import MemoryPlan, ModelRunner, plan_memory
+    from pagedkv.outputs import CompletionOutput, RequestOutput
+    from pagedkv.sampling import SamplingParams
+
+_HOMES = {
+    "LLM": "llm",
+    "CompletionOutput": "outputs",
+    "Engine": "engine",
+    "EngineConfig": "engine",
+    "EngineStatistics": "engine",
+    "MemoryPlan": "models",
+    "ModelRunner": "models",
+    "PagedKVError": "errors",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling",
+    "plan_memory": "models",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Engine",
+    "EngineConfig",
+    "EngineStatistics",
+    "MemoryPlan",
+    "ModelRunner",
+    "PagedKVError",
+    "RequestOutput",
+    "SamplingParams",
+    "plan_memory",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,7 +7,7 @@ from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import Event, EventKind, MissReason, WaitReason
 from pagedkv.scheduling.policies import Candidate, FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulingPolicy
 from pagedkv.scheduling.request import Branch, FinishReason, Request, RequestRecord, Status
-from pagedkv.scheduling.scheduler import Assignment, Scheduler, StepOutcome
+from pagedkv.scheduling.scheduler import Assignment, Scheduler
 
 __all__ = [
     "Assignment",
@@ -26,6 +26,5 @@ __all__ = [
     "SchedulerConfig",
     "SchedulingPolicy",
     "Status",
-    "StepOutcome",
     "WaitReason",
 ]

@@ -44,17 +44,6 @@ class Assignment:
     index: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepOutcome:
-    """What a completed step changed.
-
-    Attributes:
-        finished: branches that ended with this step.
-    """
-
-    finished: tuple[Branch, ...]
-
-
 class Scheduler:
     """Continuous batching over a ``KVCacheManager``: prefill chunks and decodes of many requests in one step under one token budget.
 
@@ -86,6 +75,7 @@ class Scheduler:
         self._records: dict[str, RequestRecord] = {}
         self._ended: OrderedDict[str, RequestRecord] = OrderedDict()
         self._assignments: list[Assignment] = []
+        self._newly_ended: list[Branch] = []
         self._outstanding: StepPlan | None = None
         self._doomed: dict[str, None] = {}
         self._arrivals = 0
@@ -189,7 +179,7 @@ class Scheduler:
         self._outstanding = plan
         return plan
 
-    def complete(self, plan: StepPlan, token_ids: Int32Array) -> StepOutcome:
+    def complete(self, plan: StepPlan, token_ids: Int32Array) -> None:
         """Book a step that has run: what it computed is published, what it sampled is appended, who is done ends.
 
         Args:
@@ -208,12 +198,11 @@ class Scheduler:
         self.manager.complete(plan.seqs, next_ids)
         if not self._running.steady:
             self._after_prefills(rows)
-        finished = self._end_branches(rows, sampled)
+        self._end_branches(rows, sampled)
         if rows is self._running.rows and int(sampled.min()) >= 0:
             self._running.note_steady(rows)
         for request_id in self._take_doomed():
             self.abort(request_id)
-        return StepOutcome(finished)
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
@@ -264,6 +253,11 @@ class Scheduler:
         taken, self._assignments = self._assignments, []
         return taken
 
+    def take_ended(self) -> list[Branch]:
+        """Branches that ended since the last call, for whatever reason, in order."""
+        taken, self._newly_ended = self._newly_ended, []
+        return taken
+
     # How it is done.
 
     def _after_prefills(self, sampled_rows: Int64Array) -> None:
@@ -276,16 +270,13 @@ class Scheduler:
         if self._running.num_trunks:
             self._fork_ready()
 
-    def _end_branches(self, rows: Int64Array, token_ids: Int32Array) -> tuple[Branch, ...]:
+    def _end_branches(self, rows: Int64Array, token_ids: Int32Array) -> None:
         stopped, too_long = self._running.ended(rows, token_ids)
         ends = (stopped | too_long).nonzero()[0]
-        finished = []
         for row, token, stop in zip(rows[ends].tolist(), token_ids[ends].tolist(), stopped[ends].tolist(), strict=True):
             branch = self._running.branch(row)
             stop_reason = token if stop and token not in branch.request.eos_token_ids else None
             self._finish(branch, "stop" if stop else "length", stop_reason)
-            finished.append(branch)
-        return tuple(finished)
 
     def _decoding_rows(self) -> Int64Array:
         rows = self._running.rows
@@ -426,6 +417,7 @@ class Scheduler:
             self._waiting.remove(branch)
         branch.move(Status.FINISHED)
         branch.finish_reason, branch.stop_reason = reason, stop_reason
+        self._newly_ended.append(branch)
         record.note(EventKind.FINISHED, self._step, index=branch.index, finish_reason=reason)
         if record.finished:
             record.finished_time = self._clock()

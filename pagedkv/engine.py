@@ -1,0 +1,459 @@
+"""The loop: plan, forward, sample, book, deliver. Synchronous, no thread; the caller decides when a step happens.
+
+Owns the order of these and nothing else: rules are the scheduler's, bytes the storage's, tokens the sampler's, text the responses'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pagedkv.core import CacheStatistics, KVCacheManager, Snapshot
+from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PagedKVError, StepError
+from pagedkv.models import ModelRunner, build_processors, split_options
+from pagedkv.outputs import RequestOutput
+from pagedkv.plan import Int64Array, StepPlan
+from pagedkv.prompts import ParsedPrompt, Prompt, parse_prompt
+from pagedkv.responses import Response, with_texts
+from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, encode_bad_words, prompt_logprobs
+from pagedkv.scheduling import Assignment, Branch, Request, Scheduler, SchedulerConfig, SchedulingPolicy
+from pagedkv.storage import BatchBuilder
+
+_UINT64 = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """An engine's sizes.
+
+    Args:
+        num_blocks: blocks of the pool, the null block included; exactly so many are allocated.
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: tokens computed in one step.
+        max_model_len: tokens of prompt and output together; the model's positions when not given.
+        enable_prefix_caching: whether full blocks are kept to be found again.
+        seed: for requests that bring none.
+        watermark: share of the blocks kept free when a request is admitted beside others.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+
+    num_blocks: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}: it must be at least 2, one token in and one out")
+        if self.num_blocks < 2:
+            raise ConfigError(f"num_blocks is {self.num_blocks}: it must be at least 2, the null block and one to use")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A frozen account of an engine.
+
+    Attributes:
+        num_running: sequences that run.
+        num_waiting: sequences that wait.
+        num_steps: steps completed.
+        num_preemptions: preemptions since the start.
+        num_computed_tokens: tokens that went through the model.
+        num_generated_tokens: tokens sampled.
+        peak_blocks_in_use: most blocks held at once, after a step.
+        pool_nbytes: bytes of K/V storage.
+        mean_waste: share of the sequences' slots that held no token, over all steps so far.
+        cache: the account of blocks, sequences and prefix hits.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_preemptions: int
+    num_computed_tokens: int
+    num_generated_tokens: int
+    peak_blocks_in_use: int
+    pool_nbytes: int
+    mean_waste: float
+    cache: CacheStatistics
+
+
+class Engine:
+    """Serves many requests on one model: add them, call ``step`` until nothing is left.
+
+    Args:
+        runner: the model, made ready.
+        config: sizes.
+        tokenizer: for text in and out; without one, token ids only.
+        policy: order of admission and preemption; first come, first served when not given.
+        clock: seconds, for metrics only.
+
+    Raises:
+        PoolAllocationError: the device refused the pool; nothing was kept.
+        ConfigError: a size that cannot work.
+
+    An error in one request ends that request alone. When a whole step fails, ``step`` raises ``StepError`` and everything is as before it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        policy: SchedulingPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.max_model_len = resolve_max_model_len(runner, config.max_model_len)
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._decoder = cast("Tokenizer | None", tokenizer)  # its decode is typed for batches, too
+        limits = SchedulerConfig(
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, watermark=config.watermark
+        )
+        self._manager = KVCacheManager(
+            num_blocks=config.num_blocks,
+            block_size=runner.block_size,
+            max_num_seqs=limits.max_running,
+            max_seq_len=self.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(self._manager, limits, policy=policy, clock=clock)
+        self._storage = runner.new_storage(config.num_blocks)
+        self._batches = BatchBuilder(runner.device, runner.block_size)
+        self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
+        self._responses: dict[str, Response] = {}
+        self._row_owner: dict[int, tuple[Response, int]] = {}
+        self._watched = np.zeros(limits.max_running, dtype=np.bool_)
+        self._ready: list[RequestOutput] = []
+        self._num_requests = 0
+        self._num_computed = self._num_generated = self._num_steps = 0
+        self._peak_blocks = 0
+        self._token_steps = self._slot_steps = 0
+        self._closed = False
+
+    # Questions.
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has not ended, or an ended one has not been delivered."""
+        return self._scheduler.has_unfinished or bool(self._ready)
+
+    @property
+    def num_blocks_in_use(self) -> int:
+        """Blocks held now."""
+        return self._manager.num_usable_blocks - self._manager.num_available_blocks
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that there are to hold."""
+        return self._manager.num_usable_blocks
+
+    def statistics(self) -> EngineStatistics:
+        """A frozen account; O(blocks)."""
+        return EngineStatistics(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_steps=self._num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_computed_tokens=self._num_computed,
+            num_generated_tokens=self._num_generated,
+            peak_blocks_in_use=self._peak_blocks,
+            pool_nbytes=self._storage.nbytes,
+            mean_waste=1 - self._token_steps / self._slot_steps if self._slot_steps else 0.0,
+            cache=self._manager.statistics(),
+        )
+
+    def snapshot(self) -> Snapshot:
+        """All block tables, copied out."""
+        return self._manager.snapshot()
+
+    def explain(self, request_id: str) -> str:
+        """What happened to a request and why, a line each; for live requests and the last ended ones.
+
+        Raises:
+            InvalidRequestError: no such request is known.
+        """
+        record = self._scheduler.record(request_id)
+        if record is None:
+            raise InvalidRequestError(f"request id {request_id!r} is not known: it never was, or ended long ago")
+        states = ", ".join(f"{branch.index}: {branch.finish_reason or branch.status}" for branch in record.branches)
+        return "\n".join([f"request {request_id!r} ({states})", *(f"  {event}" for event in record.events)])
+
+    # Commands.
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, stream: bool = True, priority: int | None = None
+    ) -> None:
+        """Submit a prompt.
+
+        Args:
+            request_id: names it; free again when it has ended.
+            prompt: text, token ids, or a dict (``PromptDict``).
+            params: how to sample; defaults when not given.
+            stream: whether every step that brings it a token delivers an output, or only its end does.
+            priority: lower goes first, under a policy that looks at it; overrides the prompt's.
+
+        Raises:
+            InvalidRequestError: the request cannot be served; nothing was changed. ``RequestTooLargeError`` if it could never fit.
+            ClosedError: after ``close``.
+        """
+        self._check_open()
+        params = SamplingParams() if params is None else params
+        parsed = self._parse(prompt, params)
+        request = self._request(request_id, parsed, params, parsed.priority if priority is None else priority)
+        self._scheduler.submit(request)
+        record = self._scheduler.record(request_id)
+        if record is None:
+            raise InvalidRequestError(f"request id {request_id!r} was not taken")
+        self._num_requests += 1
+        self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
+
+    def check_request(self, prompt: Prompt, params: SamplingParams) -> ParsedPrompt:
+        """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
+        self._check_open()
+        parsed = self._parse(prompt, params)
+        self._scheduler.check_fits(self._request("", parsed, params, parsed.priority))
+        return parsed
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now; its output so far is delivered by the next ``step``.
+
+        Returns:
+            False when no such request is alive: unknown, or ended already (a no-op).
+        """
+        aborted = self._scheduler.abort(request_id)
+        self._deliver_ended(set())
+        return aborted
+
+    def step(self) -> list[RequestOutput]:
+        """Run one forward pass over what the scheduler chose, and deliver what it changed.
+
+        Returns:
+            For each streaming request that got a token, and for each request that ended, one output with everything so far.
+
+        Raises:
+            StepError: the pass as a whole failed (out of memory, say) and was undone; the cause is chained. Try again, or abort something.
+            ClosedError: after ``close``.
+        """
+        self._check_open()
+        plan = self._scheduler.plan()
+        if plan is not None:
+            self._run(plan)
+        self._deliver_ended(set())
+        ready, self._ready = self._ready, []
+        return ready
+
+    def purge_cache(self, cache_salt: str = "") -> int:
+        """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
+        return self._manager.purge(cache_salt)
+
+    def close(self) -> None:
+        """Give the pool's memory back; may be called again. Requests that have not ended are gone."""
+        if not self._closed:
+            self._closed = True
+            self._storage.close()
+            self._responses.clear()
+            self._row_owner.clear()
+
+    # How it is done.
+
+    def _run(self, plan: StepPlan) -> None:
+        try:
+            with torch.inference_mode():
+                for assignment in self._scheduler.take_assignments():
+                    self._seat(assignment)
+                batch = self._batches.build(plan)
+                self._storage.copy_blocks(plan.copies)
+                logits = self._runner.forward(batch, self._storage)
+                sampled = self._sample(plan, logits)
+        except PagedKVError:
+            self._scheduler.undo(plan)
+            raise
+        except Exception as error:
+            self._scheduler.undo(plan)
+            raise StepError(f"step {plan.step} with {plan.num_tokens} tokens of {plan.num_seqs} sequences failed: {error}") from error
+        self._book_prompt_logits(plan, logits)
+        rows = plan.rows[plan.sampling_seqs]
+        self._scheduler.complete(plan, sampled.token_ids.astype(np.int32))
+        self._num_steps += 1
+        self._num_computed += plan.num_tokens
+        self._num_generated += len(rows) - len(sampled.errors)
+        self._book_use()
+        for index, failure in sampled.errors.items():
+            response, branch_index = self._row_owner[int(rows[index])]
+            self._scheduler.finish(response.record.request.request_id, branch_index, "error", error=failure)
+        touched = self._watch(rows, sampled) if self._watched[rows].any() else set()
+        self._deliver_ended(touched)
+
+    def _seat(self, assignment: Assignment) -> None:
+        """Tell the sampler whose row this is from now on."""
+        response = self._responses[assignment.request_id]
+        request, params, row = response.record.request, response.params, assignment.row
+        if row in self._row_owner:
+            self._sampler.remove(row)
+        self._row_owner[row] = (response, assignment.index)
+        self._watched[row] = response.watched
+        plain, warping = split_options(params.generation_kwargs)
+        self._sampler.add(
+            row,
+            params,
+            prompt_token_ids=request.prompt_token_ids,
+            seed=self._seed(response),
+            index=assignment.index,
+            processors=self._processors(plain, request),
+            warpers=self._processors(warping, request),
+            eos_token_ids=request.eos_token_ids,
+            bad_words_token_ids=self._bad_words(params),
+        )
+
+    def _processors(self, options: dict[str, object], request: Request) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        if not options:
+            return []
+        return build_processors(self._runner.model, options, num_prompt_tokens=len(request.prompt_token_ids))
+
+    def _sample(self, plan: StepPlan, logits: Tensor) -> SampledTokens:
+        if len(plan.sampling_logits) != len(logits):
+            logits = logits[torch.from_numpy(plan.sampling_logits).to(logits.device)]
+        table = self._manager.table
+        return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], TokenHistories(table.token_ids, table.num_tokens))
+
+    def _watch(self, rows: Int64Array, sampled: SampledTokens) -> set[str]:
+        """Feed new tokens to the requests that look at each, and end those that met a stop string."""
+        touched = set()
+        for index in self._watched[rows].nonzero()[0].tolist():
+            token = int(sampled.token_ids[index])
+            response, branch_index = self._row_owner[int(rows[index])]
+            if token < 0:
+                continue
+            request_id = response.record.request.request_id
+            touched.add(request_id)
+            completion = response.completion(branch_index)
+            if sampled.logprobs is not None and (entry := sampled.logprobs[index]) is not None:
+                completion.logprobs.append(with_texts(entry, self._decoder))
+            branch = next(branch for branch in response.record.branches if branch.index == branch_index)
+            if branch.finish_reason is not None:
+                continue  # its last token is booked with its end, which knows whether it belongs to the text
+            stop = completion.append([token])
+            if stop is not None:
+                self._scheduler.finish(request_id, branch_index, "stop", stop_reason=stop)
+        return touched
+
+    def _deliver_ended(self, touched: set[str]) -> None:
+        ended: list[Branch] = self._scheduler.take_ended()
+        done = set()
+        for branch in ended:
+            request_id = branch.request.request_id
+            response = self._responses.get(request_id)
+            if response is None:
+                continue
+            response.end(branch)
+            if response.record.finished:
+                done.add(request_id)
+                self._ready.append(response.output())
+                del self._responses[request_id]
+            elif response.stream:
+                touched.add(request_id)
+        for request_id in touched - done:
+            response = self._responses[request_id]
+            if response.stream:
+                self._ready.append(response.output())
+
+    def _book_prompt_logits(self, plan: StepPlan, logits: Tensor) -> None:
+        if len(plan.logits_indices) == len(plan.sampling_seqs):
+            return
+        for seq, row in enumerate(plan.rows.tolist()):
+            response, _ = self._row_owner[row]
+            wanted = response.params.prompt_logprobs
+            if wanted is None:
+                continue
+            first, end = int(plan.cu_seqlens_q[seq]), int(plan.cu_seqlens_q[seq + 1])
+            prompt = response.record.request.prompt_token_ids
+            position = int(plan.positions[first])
+            count = min(end - first, len(prompt) - 1 - position)  # the last prompt token predicts the output, not the prompt
+            if count <= 0 or position != max(len(response.prompt_logprobs) - 1, 0):
+                continue  # computed again after a preemption, or for another continuation
+            start = int(np.searchsorted(plan.logits_indices, first))
+            entries = prompt_logprobs(logits[start : start + count], prompt[position + 1 : position + 1 + count], wanted)
+            if not response.prompt_logprobs:
+                response.prompt_logprobs.append(None)
+            response.prompt_logprobs.extend(with_texts(entry, self._decoder) for entry in entries)
+
+    def _book_use(self) -> None:
+        self._peak_blocks = max(self._peak_blocks, self.num_blocks_in_use)
+        table = self._manager.table
+        self._token_steps += int(table.num_reserved.sum())
+        self._slot_steps += int(table.num_blocks.sum()) * self._runner.block_size
+
+    def _parse(self, prompt: Prompt, params: SamplingParams) -> ParsedPrompt:
+        parsed = parse_prompt(prompt, tokenizer=self._tokenizer, num_token_ids=self._runner.num_token_ids, max_model_len=self.max_model_len)
+        params.check_vocabulary(self._runner.vocab_size)
+        needs_text = [name for name in ("stop", "bad_words") if getattr(params, name)]
+        if needs_text and (self._tokenizer is None or ("stop" in needs_text and not params.detokenize)):
+            raise InvalidRequestError(f"{' and '.join(needs_text)} need text: give a tokenizer and leave detokenize on, or use token ids")
+        plain, warping = split_options(params.generation_kwargs)
+        for options in (plain, warping):
+            if options:
+                build_processors(self._runner.model, options, num_prompt_tokens=len(parsed.token_ids))
+        return parsed
+
+    def _request(self, request_id: str, parsed: ParsedPrompt, params: SamplingParams, priority: int) -> Request:
+        room = self.max_model_len - len(parsed.token_ids)
+        return Request(
+            request_id,
+            parsed.token_ids,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            min_tokens=params.min_tokens,
+            eos_token_ids=() if params.ignore_eos else self._runner.eos_token_ids,
+            stop_token_ids=tuple(params.stop_token_ids or ()),
+            n=params.n,
+            priority=priority,
+            namespace=parsed.cache_salt,
+            wants_prompt_logits=params.prompt_logprobs is not None,
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words or self._tokenizer is None:
+            return ()
+        tokenizer = self._tokenizer
+        return encode_bad_words(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    def _seed(self, response: Response) -> int:
+        given = response.params.seed
+        if given is not None and given >= 0:
+            return given
+        # Far apart for neighbours, and a function of the engine's seed and the order of submission alone.
+        return (self.config.seed * 0x9E3779B97F4A7C15 + response.record.arrival * 0xD1B54A32D192ED03 + 1) % _UINT64
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed")
+
+
+def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:
+    """The longest prompt and output together: as asked, at most the model's positions.
+
+    Raises:
+        ConfigError: more is asked than the model has positions, or the model states none and nothing is asked.
+    """
+    positions = runner.max_positions
+    if asked is None:
+        if positions is None:
+            raise ConfigError("the model states no longest length: give max_model_len")
+        return positions
+    if positions is not None and asked > positions:
+        raise ConfigError(f"max_model_len is {asked}, the model has {positions} positions")
+    return asked

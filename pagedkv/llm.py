@@ -1,0 +1,369 @@
+"""The friendly face: a model, prompts in, texts out, in vLLM's names.
+
+Owns the engine's life and the size of its pool. All rules are the engine's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_model_len
+from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
+from pagedkv.models import ModelRunner, load_model, load_tokenizer
+from pagedkv.outputs import RequestOutput
+from pagedkv.prompts import Prompt, as_prompt_list, parse_prompt
+from pagedkv.sampling import SamplingParams
+from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
+from pagedkv.sizing import blocks_for_work, blocks_in_memory, free_memory
+
+Message = Mapping[str, object]
+_POLICIES: Mapping[str, Callable[[], SchedulingPolicy]] = {
+    "fcfs": FirstComeFirstServed,
+    "priority": Priority,
+    "longest_prefix": LongestCachedPrefix,
+}
+
+
+class Streamer(Protocol):
+    """transformers' streamer protocol, ``TextStreamer`` for one."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take token ids: first the prompt's, then the output's."""
+
+    def end(self) -> None:
+        """The output is complete."""
+
+
+class LLM:
+    """Generates in batches with a Hugging Face model over a paged K/V cache.
+
+    Args:
+        model: hub id, folder, ``.gguf`` file, or a loaded causal language model in evaluation mode.
+        tokenizer: hub id, folder or loaded; the model's own when not given. With a loaded model and no tokenizer, token ids go in and out.
+        dtype: of weights and K/V, ``"float32"`` for one; the checkpoint's own when not given.
+        device: ``"cpu"``, ``"cuda"``; CUDA when there is one.
+        block_size: tokens in a block.
+        num_blocks: exactly so many blocks, the null block included; or
+        kv_cache_memory_bytes: as many blocks as fit in so many bytes; or neither: what the submitted work can use at once.
+        memory_share: with neither, never more than this share of the free memory, from above 0 to 1.
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: tokens computed in one step.
+        max_model_len: tokens of prompt and output together; the model's positions when not given.
+        enable_prefix_caching: whether prefixes are kept and shared.
+        attention_backend: ``"auto"``, or a backend's name.
+        scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
+        seed: for requests that bring none.
+
+    Raises:
+        ConfigError: a setting that cannot work. ``UnsupportedModelError``, ``UnsupportedBackendError``: with the reason.
+        PoolAllocationError: the device refused the pool of a given size.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        memory_share: float = 0.5,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        attention_backend: str = "auto",
+        scheduling_policy: str | SchedulingPolicy = "fcfs",
+        seed: int = 0,
+    ) -> None:
+        if num_blocks is not None and kv_cache_memory_bytes is not None:
+            raise ConfigError("num_blocks and kv_cache_memory_bytes were both given: give one")
+        if not 0 < memory_share <= 1:
+            raise ConfigError(f"memory_share is {memory_share}: it must be from above 0 to 1")
+        self._limits = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        self._policy = _policy(scheduling_policy)
+        self._memory_share = memory_share
+        loaded = load_model(model, dtype=dtype, device=device)
+        self._tokenizer = load_tokenizer(tokenizer, model=model)
+        self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size)
+        self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
+        self._caching, self._seed = enable_prefix_caching, seed
+        if kv_cache_memory_bytes is not None:
+            num_blocks = blocks_in_memory(kv_cache_memory_bytes, self._nbytes_per_block, setting="kv_cache_memory_bytes")
+        self._fixed_blocks = num_blocks
+        self._engine = self._new_engine(num_blocks) if num_blocks is not None else None
+        self._num_requests = 0
+        self._closed = False
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, if there is one."""
+        return self._tokenizer
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model made ready, with the report of its self-check."""
+        return self._runner
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the latest work; raises ``ConfigError`` before the first work where the pool is sized to it."""
+        if self._engine is None:
+            raise ConfigError("the pool is sized to the work and there was none yet: give num_blocks, or generate first")
+        return self._engine
+
+    def statistics(self) -> EngineStatistics:
+        """A frozen account of the engine, see ``engine``."""
+        return self.engine.statistics()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        streamer: Streamer | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts, all at once as far as memory allows.
+
+        Args:
+            prompts: texts, token-id lists, or dicts (``prompt`` or ``prompt_token_ids``, ``cache_salt``, ``priority``); one or many.
+            sampling_params: one for all, or one each; defaults when not given.
+            use_tqdm: whether to show a progress bar.
+            streamer: transformers' ``TextStreamer``, for a single prompt.
+
+        Returns:
+            Outputs in the order of the prompts.
+
+        Raises:
+            InvalidRequestError: any prompt or parameter cannot be served; then nothing is started.
+            StepError: a forward pass failed; what was started by this call is ended.
+        """
+        work = self._work(prompts, sampling_params)
+        if streamer is not None and (len(work) != 1 or work[0][1].n != 1):
+            raise InvalidRequestError(f"a streamer takes one prompt with n=1, got {len(work)} prompts")
+        results: dict[str, RequestOutput] = {}
+        outputs = self._run(work, stream=streamer is not None)
+        feed = _StreamerFeed(streamer) if streamer is not None else None
+        with tqdm(total=len(work), disable=not use_tqdm or None, desc="prompts", dynamic_ncols=True) as bar:
+            progress = _Progress(bar, self)
+            for output in outputs:
+                if feed is not None:
+                    feed.take(output)
+                if output is not None and output.finished:
+                    results[output.request_id] = output
+                progress.update(len(results))
+        return [results[request_id] for request_id in sorted(results, key=int)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yield an output for every prompt and step that brings it a token, with everything so far; ``request_id`` counts within the LLM.
+
+        Arguments and errors as for ``generate``; they are checked at once, before the first output is asked for. Leaving the loop early
+        ends the requests.
+        """
+        work = self._work(prompts, sampling_params)
+        return (output for output in self._run(work, stream=True) if output is not None)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the tokenizer's chat template.
+
+        Args:
+            messages: dicts with ``role`` and ``content``; a list of them, or a list of such lists.
+            sampling_params: as for ``generate``.
+            use_tqdm: whether to show a progress bar.
+            chat_template: instead of the tokenizer's own.
+            add_generation_prompt: whether the template opens the assistant's turn.
+
+        Raises:
+            InvalidRequestError: no tokenizer, no chat template, an empty conversation, or what ``generate`` raises.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequestError("chat needs a tokenizer: give one to LLM")
+        if chat_template is None and self._tokenizer.chat_template is None:
+            raise InvalidRequestError("the tokenizer has no chat template: give chat_template")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            if not conversation:
+                raise InvalidRequestError("a conversation is empty: it needs at least one message")
+            ids = self._tokenizer.apply_chat_template(
+                cast("list[dict[str, str]]", list(conversation)),  # typed there for text alone; templates take more
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+            prompts.append({"prompt_token_ids": cast("list[int]", ids)})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Give the pool's memory back and leave the model as it was; may be called again."""
+        self._closed = True
+        if self._engine is not None:
+            self._engine.close()
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # How it is done.
+
+    @property
+    def _nbytes_per_block(self) -> int:
+        return sum(spec.nbytes_per_token(self._runner.dtype) for spec in self._runner.layers) * self._runner.block_size
+
+    def _new_engine(self, num_blocks: int) -> Engine:
+        limits = self._limits
+        config = EngineConfig(
+            num_blocks=num_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=self._max_model_len,
+            enable_prefix_caching=self._caching,
+            seed=self._seed,
+            watermark=limits.watermark,
+        )
+        return Engine(self._runner, config, tokenizer=self._tokenizer, policy=self._policy)
+
+    def _work(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[Prompt, SamplingParams]]:
+        """Pair prompts with parameters and check every one, so that nothing is started when one is wrong."""
+        if self._closed:
+            raise ClosedError("the LLM is closed")
+        several = as_prompt_list(prompts)
+        if not several:
+            raise InvalidRequestError("the list of prompts is empty")
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(several)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(several):
+                raise InvalidRequestError(f"{len(params)} sampling_params were given for {len(several)} prompts: give one, or one each")
+        work = list(zip(several, params, strict=True))
+        if self._fixed_blocks is None:
+            self._size_pool(work)
+        for prompt, wanted in work:
+            self.engine.check_request(prompt, wanted)
+        return work
+
+    def _size_pool(self, work: list[tuple[Prompt, SamplingParams]]) -> None:
+        """Make the pool as large as this work can use, unless it is already, or is in use.
+
+        A larger pool is a new one: what the old one had cached is gone.
+        """
+        lengths = []
+        for prompt, params in work:
+            parsed = parse_prompt(
+                prompt, tokenizer=self._tokenizer, num_token_ids=self._runner.num_token_ids, max_model_len=self._max_model_len
+            )
+            tokens = len(parsed.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
+            lengths.append((min(tokens, self._max_model_len), params.n))
+        size, limits = self._runner.block_size, self._limits
+        wanted = blocks_for_work(lengths, block_size=size, max_running=limits.max_running, watermark=limits.watermark)
+        if self._engine is not None and (self._engine.num_usable_blocks + 1 >= wanted or self._engine.has_unfinished):
+            return
+        held = 0 if self._engine is None else self._engine.statistics().pool_nbytes
+        share = int((free_memory(self._runner.device) + held) * self._memory_share)
+        blocks = min(wanted, blocks_in_memory(share, self._nbytes_per_block, setting=f"memory_share={self._memory_share} of free memory"))
+        if self._engine is not None:
+            if blocks <= self._engine.num_usable_blocks + 1:
+                return
+            self._engine.close()
+        self._engine = self._new_engine(blocks)
+
+    def _run(self, work: list[tuple[Prompt, SamplingParams]], *, stream: bool) -> Iterator[RequestOutput | None]:
+        """Submit the work and step until it is done; yields its outputs, and None after each step."""
+        engine = self.engine
+        mine: set[str] = set()
+        try:
+            for prompt, params in work:
+                request_id = str(self._num_requests)
+                engine.add_request(request_id, prompt, params, stream=stream)
+                self._num_requests += 1
+                mine.add(request_id)
+            while mine:
+                for output in engine.step():
+                    if output.request_id not in mine:
+                        continue  # of a stream that was left and not closed yet
+                    if output.finished:
+                        mine.discard(output.request_id)
+                    yield output
+                yield None
+        finally:
+            for request_id in mine:
+                engine.abort(request_id)
+
+
+class _StreamerFeed:
+    """Passes one request's tokens on to a transformers streamer."""
+
+    def __init__(self, streamer: Streamer) -> None:
+        self._streamer = streamer
+        self._sent: int | None = None
+
+    def take(self, output: RequestOutput | None) -> None:
+        if output is None:
+            return
+        if self._sent is None:
+            self._streamer.put(torch.tensor(output.prompt_token_ids))
+            self._sent = 0
+        tokens = output.outputs[0].token_ids
+        for token in tokens[self._sent :]:
+            self._streamer.put(torch.tensor([token]))
+        self._sent = len(tokens)
+        if output.finished:
+            self._streamer.end()
+
+
+class _Progress:
+    """Shows prompts done, tokens per second and blocks in use on a progress bar, a few times a second."""
+
+    def __init__(self, bar: tqdm[object], llm: LLM) -> None:
+        self._bar = bar
+        self._engine = llm.engine
+        self._before = self._engine.statistics().num_generated_tokens if not bar.disable else 0
+        self._start = self._last = time.monotonic()
+
+    def update(self, num_done: int) -> None:
+        if self._bar.disable:
+            return
+        now = time.monotonic()
+        if num_done == self._bar.n and now - self._last < 0.25:
+            return
+        self._last = now
+        made = self._engine.statistics().num_generated_tokens - self._before
+        used, there = self._engine.num_blocks_in_use, self._engine.num_usable_blocks
+        self._bar.set_postfix_str(f"{made / max(now - self._start, 1e-9):.0f} tok/s, {used}/{there} blocks", refresh=False)
+        self._bar.update(num_done - self._bar.n)
+
+
+def _policy(given: str | SchedulingPolicy) -> SchedulingPolicy | None:
+    if not isinstance(given, str):
+        return given
+    if given not in _POLICIES:
+        raise ConfigError(f"scheduling_policy is {given!r}: it must be one of {', '.join(_POLICIES)}, or a SchedulingPolicy")
+    return _POLICIES[given]()

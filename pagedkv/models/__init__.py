@@ -1,0 +1,23 @@
+"""The bridge to transformers: the only place that imports it. Models run unmodified; what cannot be run exactly is refused."""
+
+from __future__ import annotations
+
+from pagedkv.models.loading import load_model, load_tokenizer
+from pagedkv.models.masks import classify_mask
+from pagedkv.models.memory import MemoryPlan, plan_memory
+from pagedkv.models.processors import PROCESSOR_OPTIONS, build_processors, split_options
+from pagedkv.models.runner import ModelRunner
+from pagedkv.models.selfcheck import SelfCheck
+
+__all__ = [
+    "PROCESSOR_OPTIONS",
+    "MemoryPlan",
+    "ModelRunner",
+    "SelfCheck",
+    "build_processors",
+    "classify_mask",
+    "load_model",
+    "load_tokenizer",
+    "plan_memory",
+    "split_options",
+]

@@ -1,0 +1,130 @@
+"""What a request gives back: frozen values in vLLM's names.
+
+It owns no rule and imports nothing heavy; whoever fills these values owns what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from pagedkv.errors import PagedKVError
+from pagedkv.sampling.values import Logprob, TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Event(Protocol):
+    """Why something happened to a request: a wait, miss, preemption or refusal."""
+
+    @property
+    def kind(self) -> object:
+        """What happened, machine-readable."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The step in which it happened."""
+        ...
+
+    @property
+    def detail(self) -> object:
+        """The numbers behind it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample of a request, as far as it has come.
+
+    Attributes:
+        index: which of the request's ``n`` samples, from 0.
+        text: the output as text, a stop string taken off unless asked for; empty without a tokenizer.
+        token_ids: the output's tokens, the one that ended it included.
+        logprobs: one entry per token when ``SamplingParams.logprobs`` was given.
+        cumulative_logprob: sum over the chosen tokens when ``logprobs`` was given.
+        finish_reason: ``None`` while it runs; ``"stop"`` (end-of-sequence, stop id or stop string), ``"length"``, ``"abort"``
+            or ``"error"``.
+        stop_reason: the stop string or stop token id that ended it; ``None`` for end-of-sequence and all else.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this sample has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of the engine's clock; ``None`` for what has not happened.
+
+    Attributes:
+        arrival_time: it was submitted.
+        first_scheduled_time: a step first computed some of it.
+        first_token_time: its first token was drawn.
+        finished_time: its last sample ended.
+        num_preemptions: how often its blocks were taken away.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_in_queue_s(self) -> float | None:
+        """Seconds from submission to the first step."""
+        return _since(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Seconds from submission to the first token."""
+        return _since(self.arrival_time, self.first_token_time)
+
+    @property
+    def total_time_s(self) -> float | None:
+        """Seconds from submission to the end."""
+        return _since(self.arrival_time, self.finished_time)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """All that is known of a request, as far as it has come.
+
+    Attributes:
+        request_id: the id it was submitted under.
+        prompt: the prompt as text, ``None`` when it came as token ids.
+        prompt_token_ids: the prompt as token ids.
+        outputs: its samples, by index.
+        num_cached_tokens: prompt tokens that the prefix cache served.
+        metrics: when things happened.
+        events: why: waits, misses, preemptions, refusals, oldest first.
+        finished: whether every sample has ended.
+        prompt_logprobs: one entry per prompt token when asked for, the first ``None`` because nothing comes before it.
+        error: what ended the request, when its finish reason is ``"error"``.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    num_cached_tokens: int
+    metrics: RequestMetrics
+    events: tuple[Event, ...] = ()
+    finished: bool = False
+    prompt_logprobs: tuple[Mapping[int, Logprob] | None, ...] | None = None
+    error: PagedKVError | None = field(default=None, compare=False)  # errors compare by identity
+
+
+def _since(start: float, end: float | None) -> float | None:
+    return None if end is None else end - start

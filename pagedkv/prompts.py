@@ -1,0 +1,123 @@
+"""Prompts as users write them, made into checked token ids.
+
+Owns the forms that are understood; encodes through a tokenizer that it is lent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+from pagedkv.errors import InvalidRequestError
+from pagedkv.plan import Int32Array
+
+
+class PromptDict(TypedDict, total=False):
+    """A prompt with more to say: one of ``prompt`` and ``prompt_token_ids``, and any of the others.
+
+    ``cache_salt`` keeps cached prefixes apart from those of other salts. ``priority``: lower goes first, under the policy that looks at it.
+    """
+
+    prompt: str
+    prompt_token_ids: Sequence[int]
+    cache_salt: str
+    priority: int
+
+
+Prompt = str | Sequence[int] | PromptDict
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that prompts need."""
+
+    def encode(self, text: str, /) -> list[int]:
+        """Token ids of a text, special tokens as the model expects them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParsedPrompt:
+    """A prompt in one form: ``text`` if it came as text, ``token_ids [P]`` int32, salt and priority."""
+
+    text: str | None
+    token_ids: Int32Array
+    cache_salt: str = ""
+    priority: int = 0
+
+
+def parse_prompt(prompt: Prompt, *, tokenizer: Encoder | None, num_token_ids: int, max_model_len: int) -> ParsedPrompt:
+    """Check a prompt and encode it if it is text.
+
+    Args:
+        prompt: a text, token ids, or a ``PromptDict``.
+        tokenizer: for texts; None if there is none.
+        num_token_ids: ids that the model can read, from 0.
+        max_model_len: tokens of prompt and output together; at least one is left for the output.
+
+    Raises:
+        InvalidRequestError: names what is wrong, the limit and the setting to change.
+    """
+    fields = _as_fields(prompt)
+    text = fields.get("prompt")
+    if text is not None:
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"prompt is a {type(text).__name__}: it must be a text")
+        if tokenizer is None:
+            raise InvalidRequestError("the prompt is a text and there is no tokenizer: give token ids, or a tokenizer")
+        ids: object = tokenizer.encode(text)
+    else:
+        ids = fields["prompt_token_ids"]
+    token_ids = _checked_ids(ids, num_token_ids)
+    if len(token_ids) >= max_model_len:
+        raise InvalidRequestError(
+            f"the prompt has {len(token_ids)} tokens and max_model_len is {max_model_len}, one of them for the output: shorten it"
+        )
+    salt, priority = fields.get("cache_salt", ""), fields.get("priority", 0)
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt is a {type(salt).__name__}: it must be a text")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise InvalidRequestError(f"priority is {priority!r}: it must be an integer")
+    return ParsedPrompt(text, token_ids, salt, priority)
+
+
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list of several; raises ``InvalidRequestError`` for what is neither."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence) and not isinstance(prompts, np.ndarray):
+        raise InvalidRequestError(f"prompts is a {type(prompts).__name__}: give a text, token ids, a dict, or a list of those")
+    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_fields(prompt: Prompt) -> Mapping[str, object]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not isinstance(prompt, Mapping):
+        return {"prompt_token_ids": prompt}
+    unknown = sorted(set(prompt) - set(PromptDict.__annotations__))
+    if unknown:
+        raise InvalidRequestError(f"prompt fields {', '.join(unknown)} are unknown: use {', '.join(PromptDict.__annotations__)}")
+    if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+        raise InvalidRequestError("a prompt dict needs exactly one of prompt and prompt_token_ids")
+    return prompt
+
+
+def _checked_ids(ids: object, num_token_ids: int) -> Int32Array:
+    try:
+        wide = np.asarray(ids)
+    except ValueError:  # lists of lists of different lengths
+        wide = np.zeros((0, 0))
+    if wide.ndim != 1 or (len(wide) and wide.dtype.kind not in "iu"):
+        raise InvalidRequestError(f"prompt_token_ids must be a flat list of integers, got {str(ids)[:80]}")
+    if not len(wide):
+        raise InvalidRequestError("the prompt is empty: it needs at least one token")
+    least, most = int(wide.min()), int(wide.max())
+    if least < 0 or most >= num_token_ids:
+        raise InvalidRequestError(
+            f"token id {least if least < 0 else most} is not from 0 to {num_token_ids - 1}, which the model's vocabulary has"
+        )
+    return wide.astype(np.int32)

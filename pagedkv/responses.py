@@ -1,0 +1,152 @@
+"""From tokens to what the user sees: text, stop strings, log-probabilities, and the outputs themselves.
+
+Owns the text and log-probabilities of every request that has not been delivered in full. Does not own tokens or status (``Scheduler``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from pagedkv.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pagedkv.sampling import IncrementalDetokenizer, Logprob, SamplingParams, StopStrings, Tokenizer, TokenLogprobs
+from pagedkv.scheduling import Branch, RequestRecord
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """One continuation as it grows.
+
+    Args:
+        params: how its text is made.
+        tokenizer: None for token ids only.
+        prompt_token_ids: the tokens before it.
+    """
+
+    params: SamplingParams
+    tokenizer: Tokenizer | None
+    prompt_token_ids: Sequence[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _detokenizer: IncrementalDetokenizer | None = None
+    _stops: StopStrings | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.params.detokenize:
+            skip = self.params.skip_special_tokens
+            self._detokenizer = IncrementalDetokenizer(self.tokenizer, self.prompt_token_ids, skip_special_tokens=skip)
+            self._stops = StopStrings(self.params.stop_strings, include=self.params.include_stop_str_in_output)
+
+    def append(self, token_ids: Sequence[int]) -> str | None:
+        """Take new tokens; returns the stop string that they completed, if any."""
+        for token in token_ids:
+            self.token_ids.append(token)
+            if self._detokenizer is not None and self._stops is not None:
+                # Below min_tokens a stop string is text like any other.
+                search = len(self.token_ids) >= self.params.min_tokens
+                self.text += self._stops.feed(self._detokenizer.append([token]), search=search)
+                if self._stops.matched is not None:
+                    return self._stops.matched
+        return None
+
+    def append_silently(self, token_id: int) -> None:
+        """Take the token that ended it, which is no part of the text."""
+        self.token_ids.append(token_id)
+
+    def finish(self) -> None:
+        """Flush what was held back."""
+        if self._detokenizer is not None and self._stops is not None:
+            self.text += self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
+            self._detokenizer = self._stops = None
+
+    def output(self, branch: Branch) -> CompletionOutput:
+        """A frozen copy."""
+        asked = self.params.logprobs is not None
+        chosen = [entry[token].logprob for token, entry in zip(self.token_ids, self.logprobs, strict=False)] if asked else []
+        return CompletionOutput(
+            index=branch.index,
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs) if asked else None,
+            cumulative_logprob=sum(chosen) if asked else None,
+            finish_reason=branch.finish_reason,
+            stop_reason=branch.stop_reason,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Response:
+    """All that one request gives back, as it grows.
+
+    Attributes:
+        text: the prompt as text, if it came so.
+        stream: whether an output is wanted for every step.
+    """
+
+    record: RequestRecord
+    params: SamplingParams
+    tokenizer: Tokenizer | None
+    text: str | None
+    stream: bool
+    completions: dict[int, Completion] = field(default_factory=dict)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    @property
+    def watched(self) -> bool:
+        """Whether every token has to be looked at as it comes, not only at the end."""
+        return self.stream or bool(self.params.stop_strings) or self.params.logprobs is not None
+
+    def completion(self, index: int) -> Completion:
+        """The continuation of this index, begun on first use."""
+        completion = self.completions.get(index)
+        if completion is None:
+            prompt = self.record.request.prompt_token_ids.tolist()
+            completion = self.completions[index] = Completion(self.params, self.tokenizer, prompt)
+        return completion
+
+    def end(self, branch: Branch) -> None:
+        """Bring an ended branch's continuation up to date with its tokens, and close its text."""
+        completion = self.completion(branch.index)
+        missing = branch.output_token_ids[len(completion.token_ids) :].tolist()
+        by_token = branch.finish_reason == "stop" and not isinstance(branch.stop_reason, str)
+        if missing and by_token and not self.params.include_stop_str_in_output:
+            completion.append(missing[:-1])
+            completion.append_silently(missing[-1])
+        else:
+            completion.append(missing)
+        completion.finish()
+
+    def output(self) -> RequestOutput:
+        """A frozen copy of everything so far."""
+        record = self.record
+        prompt_logprobs = tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
+        return RequestOutput(
+            request_id=record.request.request_id,
+            prompt=self.text,
+            prompt_token_ids=tuple(record.request.prompt_token_ids.tolist()),
+            outputs=tuple(self.completion(branch.index).output(branch) for branch in sorted(record.branches, key=lambda one: one.index)),
+            num_cached_tokens=record.num_cached_tokens,
+            metrics=RequestMetrics(
+                arrival_time=record.arrival_time,
+                first_scheduled_time=record.first_scheduled_time,
+                first_token_time=record.first_token_time,
+                finished_time=record.finished_time,
+                num_preemptions=record.num_preemptions,
+            ),
+            events=record.events,
+            finished=record.finished,
+            prompt_logprobs=prompt_logprobs,
+            error=record.error,
+        )
+
+
+def with_texts(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
+    """The same log-probabilities with each token as text, where there is a tokenizer."""
+    if tokenizer is None:
+        return entry
+    decode: Callable[..., str] = tokenizer.decode
+    texts: dict[int, Logprob] = {
+        token: replace(logprob, decoded_token=decode([token], skip_special_tokens=False)) for token, logprob in entry.items()
+    }
+    return texts

@@ -1,0 +1,50 @@
+"""How large a pool should be: what the submitted work can use at once, and never more than a share of the free memory.
+
+Owns no state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from pagedkv.errors import ConfigError
+
+
+def blocks_for_work(lengths: Iterable[tuple[int, int]], *, block_size: int, max_running: int, watermark: float) -> int:
+    """Blocks that requests can use at once, the null block included.
+
+    Args:
+        lengths: per sequence ``(tokens at its longest, how many such sequences)``.
+        block_size: tokens in a block.
+        max_running: sequences running at once; the longest ones are counted.
+        watermark: share of the pool that admission keeps free.
+    """
+    each = sorted((-(-tokens // block_size) for tokens, count in lengths for _ in range(min(count, max_running))), reverse=True)
+    needed = sum(each[:max_running])
+    return int(needed / (1 - watermark)) + 3  # the null block, and the rounding of the watermark
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def blocks_in_memory(nbytes: int, nbytes_per_block: int, *, setting: str) -> int:
+    """Blocks that fit in ``nbytes``; raises ``ConfigError`` naming the setting when not even two do."""
+    if nbytes <= 0:
+        raise ConfigError(f"{setting} is {nbytes} bytes: it must be positive")
+    blocks = nbytes // nbytes_per_block
+    if blocks < 2:
+        raise ConfigError(f"{setting} is {nbytes} bytes, room for {blocks} blocks of {nbytes_per_block} bytes: at least 2 are needed")
+    return blocks
