@@ -251,13 +251,14 @@ class KVCacheManager:
         Cost: a fixed number of array operations plus about 1 microsecond for each block that became full.
         """
         rows = self.rows_of(seqs)
-        tokens = self._check_next(rows, next_token_ids)
+        tokens = None if next_token_ids is None else self._check_next(rows, next_token_ids)
         table = self._table
         computed = table.num_reserved[rows]
         table.num_computed[rows] = computed
-        table.copy_pending[rows] = False
+        if table.some_copy_pending:
+            table.clear_copies(rows)
         if tokens is not None:
-            self._append_tokens(rows, tokens)
+            self._append_tokens(rows, *tokens)
         if self._caching:
             full = computed // self._block_size
             behind = (full > table.num_published[rows]).nonzero()[0]
@@ -267,9 +268,7 @@ class KVCacheManager:
     def append(self, seqs: Sequence[int] | Int64Array, token_ids: Sequence[int] | Int32Array) -> None:
         """Make one more token of each sequence known without computing anything; arguments and errors as for ``complete``."""
         rows = self.rows_of(seqs)
-        tokens = self._check_next(rows, token_ids)
-        if tokens is not None:
-            self._append_tokens(rows, tokens)
+        self._append_tokens(rows, *self._check_next(rows, token_ids))
 
     def cancel(self, seqs: Sequence[int] | Int64Array) -> None:
         """Undo what ``extend`` reserved, because the step did not run to its end.
@@ -504,24 +503,22 @@ class KVCacheManager:
         left = (self._table.num_tokens[rows] - self._table.num_reserved[rows]).tolist()
         raise InvalidRequestError(f"cannot reserve {asked} tokens: each must be from 1 to what is known and unreserved, {left}")
 
-    def _check_next(self, rows: Int64Array, token_ids: Sequence[int] | Int32Array | None) -> Int32Array | None:
-        if token_ids is None:
-            return None
+    def _check_next(self, rows: Int64Array, token_ids: Sequence[int] | Int32Array) -> tuple[Int32Array, Int32Array]:
+        """The next tokens as an array, and how many each row knows before them."""
         tokens = _as_counts(token_ids, len(rows))
+        known = self._table.num_tokens[rows]
         if len(rows):
             if int(tokens.min()) < _NO_TOKEN:
                 raise InvalidRequestError(f"token id {int(tokens.min())} is below 0 (-1 stands for no token)")
-            known = self._table.num_tokens[rows]
             longest = int(known.max()) + 1
             if longest > self._max_seq_len and (known[tokens >= 0] >= self._max_seq_len).any():
                 raise InvalidRequestError(f"a sequence has reached max_seq_len, {self._max_seq_len} tokens")
             self._table.ensure_columns(min(longest, self._max_seq_len))
-        return tokens
+        return tokens, known
 
-    def _append_tokens(self, rows: Int64Array, tokens: Int32Array) -> None:
-        known = self._table.num_tokens[rows]
-        if len(rows) and int(tokens.min()) < 0:
-            some = tokens >= 0
+    def _append_tokens(self, rows: Int64Array, tokens: Int32Array, known: Int32Array) -> None:
+        some = tokens >= 0
+        if np.count_nonzero(some) < len(some):
             rows, tokens, known = rows[some], tokens[some], known[some]
         self._table.token_ids[rows, known] = tokens
         self._table.num_tokens[rows] = known + 1

@@ -12,6 +12,7 @@ from pagedkv.errors import InvariantError
 from pagedkv.plan import Int32Array
 
 _ID_NBYTES = 4
+_ONE = np.int32(1)  # of the counts' own type: ufunc.at is many times slower when it has to cast
 _MAX_ROOTS = 2**31 - 1
 
 
@@ -87,7 +88,7 @@ class PrefixCache:
         if len(fresh) < len(ids):
             block_ids, parents, roots = block_ids[fresh], parents[fresh], roots[fresh]
         self._roots[block_ids] = roots
-        np.add.at(self._num_children, np.maximum(parents, 0), 1)
+        np.add.at(self._num_children, np.maximum(parents, 0), _ONE)
         self._num_children[0] = 0  # where the roots' children were counted
         return np.array(holders, dtype=np.int32)
 
@@ -123,10 +124,10 @@ class PrefixCache:
             raise InvariantError("prefix cache: only a published block can be removed")
         parents = np.frombuffer(b"".join(key[:_ID_NBYTES] for key in keys if key), dtype="<i4")
         inner = parents[parents > 0]
-        np.subtract.at(self._num_children, inner, 1)
+        np.subtract.at(self._num_children, inner, _ONE)
         if self._num_children[block_ids].any():
             orphan = int(block_ids[self._num_children[block_ids] > 0][0])
-            np.add.at(self._num_children, inner, 1)
+            np.add.at(self._num_children, inner, _ONE)
             raise InvariantError(
                 f"prefix cache: block {orphan} is to go before blocks that continue it; the eviction policy must pop leaves first"
             )

@@ -26,14 +26,14 @@ class Publication:
     def publish(self, rows: Int64Array, full: Int32Array) -> None:
         """Make the first ``full[i]`` blocks of each row findable; rows without a root may not publish and are left out."""
         roots = self._table.roots[rows]
-        if not roots.all():
+        if np.count_nonzero(roots) < len(roots):
             rows, full, roots = rows[roots != 0], full[roots != 0], roots[roots != 0]
         first = self._table.num_published[rows]
         single = full - first == 1
-        if single.all():
+        if np.count_nonzero(single) == len(single):
             self._publish_singles(rows, first, roots)
         else:
-            if single.any():
+            if np.count_nonzero(single):
                 self._publish_singles(rows[single], first[single], roots[single])
             for row, begin, end in zip(rows[~single].tolist(), first[~single].tolist(), full[~single].tolist(), strict=True):
                 self._publish_chain(row, begin, end)
@@ -45,7 +45,7 @@ class Publication:
         for tables, group in zip(table.block_tables, self._groups, strict=True):
             blocks = tables[rows, column]
             parents = tables[rows, column - 1]
-            if not column.all():
+            if np.count_nonzero(column) < len(column):
                 parents = np.where(column > 0, parents, roots)
             holders = group.cache.publish(parents, contents, blocks, roots)
             if group.settle(blocks, holders):

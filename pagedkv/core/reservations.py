@@ -43,7 +43,8 @@ class Reservations:
 
     def grow_by_one(self, rows: Int64Array, start: Int32Array) -> Extension:
         """One more slot in each row, from position ``start``: the decode path, a fixed and small number of array operations."""
-        columns, offsets = np.divmod(start, self._size)
+        columns = start // self._size
+        offsets = start - columns * self._size
         fresh = (offsets == 0).nonzero()[0]  # a table holds exactly the blocks that its slots need, so only a full one grows
         copies = self._prepare(rows, len(fresh))
         if len(fresh):
@@ -89,7 +90,7 @@ class Reservations:
         table.num_reserved[rows] = table.num_computed[rows] = num_computed
         table.num_published[rows] = np.minimum(table.num_published[rows], num_computed // size)
         table.mark_tails_shared(rows[num_computed % size != 0])
-        table.copy_pending[rows] = False
+        table.clear_copies(rows)
 
     def _prepare(self, rows: Int64Array, num_new_blocks: int) -> tuple[Int32Array, ...]:
         """Check that all blocks can be had, then copy the shared tails: nothing can fail after the first change."""
@@ -134,7 +135,7 @@ class Reservations:
         target = group.take(len(rows))
         table.block_tables[index, rows, where] = target
         group.pool.release(source)
-        table.copy_pending[rows] = True
+        table.mark_copies(rows)
         table.num_published[rows] = np.minimum(table.num_published[rows], where)
         self.num_copies += len(rows)
         return np.stack([source, target], axis=1)
@@ -152,8 +153,11 @@ class Reservations:
 
     def _slots(self, owners: Int64Array, columns: Int32Array, offsets: Int32Array) -> Int64Array:
         slots = np.empty((len(self._groups), len(owners)), dtype=np.int64)
+        slots32 = np.empty(len(owners), dtype=np.int32)
+        flat = owners * self._table.block_tables.shape[2] + columns  # one flat look-up costs half of a two-dimensional one
         for index, table in enumerate(self._table.block_tables):
-            slots[index] = table[owners, columns]
+            np.take(table.reshape(-1), flat, out=slots32)
+            slots[index] = slots32
         slots *= self._size
         slots += offsets
         return slots

@@ -53,7 +53,9 @@ class SequenceTable:
         self.roots = np.zeros(max_num_seqs, dtype=np.int32)
         self.tail_shared = np.zeros(max_num_seqs, dtype=np.bool_)
         self.copy_pending = np.zeros(max_num_seqs, dtype=np.bool_)
-        self.some_tail_shared = False  # whether any row may be marked; spares the decode path a look at each
+        # Whether any row may be marked; spares the decode path a look at each.
+        self.some_tail_shared = False
+        self.some_copy_pending = False
         self._handles = np.zeros(max_num_seqs, dtype=np.int64)  # 0: no live sequence in this row
         self._generations = np.ones(max_num_seqs, dtype=np.int64)
         self._mark = np.zeros(max_num_seqs, dtype=np.int64)
@@ -120,6 +122,16 @@ class SequenceTable:
         """Note that the last blocks of these rows are their own."""
         self.tail_shared[rows] = False
         self.some_tail_shared = bool(self.tail_shared.any())
+
+    def mark_copies(self, rows: Int64Array) -> None:
+        """Note that the last blocks of these rows are copies still to be made."""
+        self.copy_pending[rows] = True
+        self.some_copy_pending = True
+
+    def clear_copies(self, rows: Int64Array) -> None:
+        """Note that the copies of these rows are made, or called off."""
+        self.copy_pending[rows] = False
+        self.some_copy_pending = bool(self.copy_pending.any())
 
     def open_rows(self, count: int) -> tuple[Int64Array, Int64Array]:
         """Take ``count`` empty rows; returns rows and handles. The caller has checked ``num_free_rows``."""

@@ -11,7 +11,8 @@ from pagedkv.core import KVCacheManager, Match, Opened
 from pagedkv.plan import Int32Array
 from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import EventKind, MissReason, WaitReason
-from pagedkv.scheduling.request import Branch
+from pagedkv.scheduling.inflight import PrefixesInFlight
+from pagedkv.scheduling.request import Branch, Status
 from pagedkv.scheduling.running import RunningSet
 from pagedkv.scheduling.waiting import WaitingQueue
 
@@ -25,6 +26,12 @@ class Admission:
         self._running = running
         self._waiting = waiting
         self._watermark = int(manager.num_usable_blocks * config.watermark)
+        self._in_flight = PrefixesInFlight(manager.block_size, self._is_prefilling)
+        self._margin: int | None = None  # available blocks less what running branches need for the tokens they know
+
+    def begin_step(self) -> None:
+        """Forget what was computed for the step before."""
+        self._margin = None
 
     def next(self, step: int, *, preempted: bool) -> tuple[Branch, Opened] | None:
         """Open a sequence for the branch whose turn it is; None when none may start in this step. The branch stays in the queue.
@@ -52,6 +59,12 @@ class Admission:
             opened = self._manager.open([branch.token_ids], [request.namespace], use_cache=not request.wants_prompt_logits)
             return branch, opened
 
+    def note_started(self, branch: Branch) -> None:
+        """Note that an admitted branch has its row and begins to compute its prompt."""
+        self._in_flight.add(branch)
+        if len(self._in_flight) > 2 * self._manager.max_num_seqs:
+            self._in_flight.sweep()
+
     def miss_reason(self, branch: Branch) -> MissReason:
         """Why nothing was found for a branch that was admitted with no cached tokens."""
         if not self._manager.prefix_caching:
@@ -70,21 +83,31 @@ class Admission:
         if rows > min(self._config.max_running, manager.max_num_seqs):
             branch.record.note(EventKind.WAITING, step, reason=WaitReason.SEQUENCES, running=len(running))
             return False
-        if not len(running):
-            return True  # alone it fits: that was checked when it was submitted
         held = manager.num_held_blocks(match)
         needed = -(-(len(branch.token_ids) + branch.width) // size) - held
-        available = manager.num_available_blocks
-        if needed + running.outstanding_blocks(size) + self._watermark > available:
-            branch.record.note(EventKind.WAITING, step, reason=WaitReason.BLOCKS, needed=needed, available=available)
+        if not len(running):
+            return True  # alone it fits: that was checked when it was submitted
+        if self._margin is None:
+            self._margin = manager.num_available_blocks - running.outstanding_blocks(size)
+        if needed + self._watermark > self._margin:
+            branch.record.note(EventKind.WAITING, step, reason=WaitReason.BLOCKS, needed=needed, available=manager.num_available_blocks)
             return False
-        careful = branch.num_preemptions >= self._config.max_preemptions or any(
-            other.num_preemptions >= self._config.max_preemptions for other in running.branches
-        )
-        if careful and self._worst_case(branch) - held + running.worst_case_blocks(size) > available:
-            branch.record.note(EventKind.WAITING, step, reason=WaitReason.RESERVED, available=available)
-            return False
+        if self._must_be_sure(branch):
+            worst = self._worst_case(branch) - held + running.worst_case_blocks(size)
+            if worst > manager.num_available_blocks:
+                reason = WaitReason.RESERVED
+                branch.record.note(EventKind.WAITING, step, reason=reason, needed=worst, available=manager.num_available_blocks)
+                return False
+        # What is admitted leaves the margin by what it needs, so that many admissions in a step do not each sum up all that runs.
+        self._margin = None if branch.is_trunk else self._margin - needed
         return True
+
+    def _must_be_sure(self, branch: Branch) -> bool:
+        """Whether all that runs has to fit to its end: this branch, or one that runs, was preempted as often as may be."""
+        limit = self._config.max_preemptions
+        if branch.num_preemptions >= limit:
+            return True
+        return self._running.num_preempted > 0 and any(other.num_preemptions >= limit for other in self._running.branches)
 
     def _worst_case(self, branch: Branch) -> int:
         size, request = self._manager.block_size, branch.request
@@ -94,19 +117,22 @@ class Admission:
 
     def _computing_same_prefix(self, branch: Branch, match: Match) -> tuple[int, int] | None:
         """A running row that is computing full blocks of this prompt that are not cached yet, and how far they reach."""
-        request, size = branch.request, self._manager.block_size
-        if request.wants_prompt_logits or not self._manager.prefix_caching or len(branch.token_ids) <= size:
+        request, size, table = branch.request, self._manager.block_size, self._manager.table
+        if request.wants_prompt_logits or not self._manager.prefix_caching:
             return None
-        running, table = self._running, self._manager.table
-        for row in running.rows[running.remaining() > 1].tolist():
-            other = running.branch(row).request
-            if other.namespace != request.namespace or not table.roots[row]:
-                continue
-            known = int(table.num_tokens[row])
-            reach = min(_common_prefix(branch.token_ids[:-1], table.token_ids[row, :known]), known - int(running.hold[row])) // size * size
-            if reach > max(match.num_tokens, int(table.num_computed[row])):
-                return row, reach
+        for other in self._in_flight.find(request.namespace, branch.token_ids):
+            known = int(table.num_tokens[other.row])
+            common = _common_prefix(branch.token_ids[:-1], table.token_ids[other.row, :known])
+            reach = min(common, known - int(self._running.hold[other.row])) // size * size
+            if reach > max(match.num_tokens, int(table.num_computed[other.row])):
+                return other.row, reach
         return None
+
+    def _is_prefilling(self, branch: Branch) -> bool:
+        table, row = self._manager.table, branch.row
+        if branch.status is not Status.RUNNING or not table.roots[row]:
+            return False
+        return int(table.num_tokens[row]) - int(self._running.hold[row]) - int(table.num_computed[row]) > 1
 
 
 def _common_prefix(one: Int32Array, other: Int32Array) -> int:

@@ -67,8 +67,8 @@ class PlanBuilder:
         """Freeze the plan; O(tokens), a fixed number of array operations for the decodes."""
         table, decodes, seqs = self._manager.table, self.decodes, self._seqs
         num_decodes = len(decodes)
-        rows, cu_seqlens_q = decodes, np.arange(num_decodes + 1, dtype=np.int32)
-        query_lens = np.ones(num_decodes, dtype=np.int32)
+        rows, cu_seqlens_q = decodes, self._running.numbers[: num_decodes + 1]
+        query_lens = self._running.ones[:num_decodes]
         positions = self._extensions[0].positions if num_decodes else query_lens
         tokens = table.token_ids[decodes, positions]
         if self._prefills:
@@ -102,7 +102,7 @@ class PlanBuilder:
         """Which packed tokens need logits, which sequences sample, and from which of those logits."""
         table = self._manager.table
         if not self._prefills:
-            every = np.arange(len(rows))
+            every = self._running.long_numbers[: len(rows)]
             return every, every, every
         last = cu_seqlens_q[1:].astype(np.int64) - 1
         sampling = np.flatnonzero(table.num_reserved[rows] == table.num_tokens[rows])

@@ -5,6 +5,8 @@ Owns the admission order and the per-row limits. Does not own blocks, tokens or 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
 from pagedkv.core import SequenceTable
@@ -12,14 +14,14 @@ from pagedkv.plan import BoolArray, Int32Array, Int64Array
 from pagedkv.scheduling.request import Branch
 
 _NO_STOP = -1
+_Array = TypeVar("_Array", Int32Array, Int64Array)
 
 
 class RunningSet:
     """Rows in order of admission, with their limits.
 
     Attributes:
-        rows: ``[n]`` int64 rows of running branches, in order of admission; a new array whenever the set changes.
-        seqs: ``[n]`` int64 their handles, frozen: the manager recognises the array.
+        ones, numbers, long_numbers: ``[R]`` ones, ``[R + 1]`` int32 and ``[R]`` int64 counts from 0, of which plans show slices.
         hold: ``[R]`` int32 known tokens not to compute yet: 1 for a trunk, whose last prompt token is left to its forks.
         limits: ``[R]`` int32 known tokens at which the branch ends for its length.
         minimums: ``[R]`` int32 known tokens below which a stop id does not end it.
@@ -29,8 +31,13 @@ class RunningSet:
     def __init__(self, table: SequenceTable) -> None:
         size = table.max_num_seqs
         self._table = table
-        self.rows = self.seqs = np.zeros(0, dtype=np.int64)
+        self._members: list[int] = []
+        self._rows: Int64Array | None = None
+        self._seqs = np.zeros(0, dtype=np.int64)
         self._steady_rows: Int64Array | None = None
+        self.ones = _frozen(np.ones(size, dtype=np.int32))
+        self.numbers = _frozen(np.arange(size + 1, dtype=np.int32))
+        self.long_numbers = _frozen(np.arange(size, dtype=np.int64))
         self.hold = np.zeros(size, dtype=np.int32)
         self.limits = np.zeros(size, dtype=np.int32)
         self.minimums = np.zeros(size, dtype=np.int32)
@@ -40,9 +47,24 @@ class RunningSet:
         self._branches: list[Branch | None] = [None] * size
         self.num_trunks = 0
         self.num_reserved_rows = 0  # rows that trunks will need for their forks
+        self.num_preempted = 0  # running branches that were preempted before
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._members)
+
+    @property
+    def rows(self) -> Int64Array:
+        """``[n]`` int64 rows of running branches, in order of admission; the same array until the set changes."""
+        if self._rows is None:
+            self._rows = np.array(self._members, dtype=np.int64)
+            self._seqs = self._table.handles_of(self._rows)
+            self._seqs.flags.writeable = False
+        return self._rows
+
+    @property
+    def seqs(self) -> Int64Array:
+        """``[n]`` int64 their handles, frozen: the manager recognises the array."""
+        return self._seqs if self._rows is not None else self._table.handles_of(self.rows)
 
     def branch(self, row: int) -> Branch:
         """The branch that runs in this row."""
@@ -54,7 +76,7 @@ class RunningSet:
     @property
     def branches(self) -> list[Branch]:
         """Running branches in order of admission."""
-        return [self.branch(row) for row in self.rows.tolist()]
+        return [self.branch(row) for row in self._members]
 
     def add(self, branch: Branch) -> None:
         """Note a branch that has just got its row."""
@@ -72,7 +94,9 @@ class RunningSet:
         self.minimums[row] = prompt + request.min_tokens
         self.prompt_logits[row] = request.wants_prompt_logits
         self._branches[row] = branch
-        self._set_rows(np.append(self.rows, row))
+        self._members.append(row)
+        self._rows = None
+        self.num_preempted += branch.num_preemptions > 0
         if branch.is_trunk:
             self.num_trunks += 1
             self.num_reserved_rows += branch.width - 1
@@ -84,13 +108,15 @@ class RunningSet:
             if branch.is_trunk:
                 self.num_trunks -= 1
                 self.num_reserved_rows -= branch.width - 1
+            self.num_preempted -= branch.num_preemptions > 0
             self._branches[row] = None
-        self._set_rows(self.rows[~np.isin(self.rows, rows)])
+            self._members.remove(row)
+        self._rows = None
 
     @property
     def steady(self) -> bool:
         """Whether it is known that all running rows decode: they all got a token in the last step and the set has not changed since."""
-        return self._steady_rows is self.rows
+        return self._rows is not None and self._steady_rows is self._rows
 
     def note_steady(self, rows: Int64Array) -> None:
         """Note that just these rows, by identity of the array, got a token each."""
@@ -130,11 +156,11 @@ class RunningSet:
             short += (widths - 1) * -(-own // block_size)
         return int(short.sum())
 
-    def _set_rows(self, rows: Int64Array) -> None:
-        self.rows = rows
-        self.seqs = self._table.handles_of(rows)
-        self.seqs.flags.writeable = False
-
     def _blocks_short(self, num_tokens: Int32Array, block_size: int) -> Int32Array:
         short: Int32Array = -(-num_tokens // block_size) - self._table.num_blocks[self.rows]
         return short
+
+
+def _frozen(array: _Array) -> _Array:
+    array.flags.writeable = False
+    return array

@@ -352,6 +352,7 @@ class Scheduler:
             self._waiting.push(branch)
 
     def _admit(self, builder: PlanBuilder, *, preempted: bool) -> None:
+        self._admission.begin_step()
         while builder.num_tokens < self.config.max_num_batched_tokens:
             ticket = self._admission.next(self._step, preempted=preempted)
             if ticket is None:
@@ -360,6 +361,7 @@ class Scheduler:
             self._waiting.remove(branch)
             branch.move(Status.RUNNING)
             self._place(branch, int(opened.seqs[0]))
+            self._admission.note_started(branch)
             self._book_admission(branch, int(opened.num_cached_tokens[0]))
             if branch.is_trunk and int(self._running.remaining()[-1]) == 0:
                 self._fork(branch)
