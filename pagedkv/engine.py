@@ -273,7 +273,7 @@ class Engine:
 
     def _run(self, plan: StepPlan) -> None:
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 for assignment in self._scheduler.take_assignments():
                     self._seat(assignment)
                 batch = self._batches.build(plan)

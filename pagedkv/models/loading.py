@@ -1,0 +1,133 @@
+"""Models and tokenizers from what a user names: a hub id, a folder, a GGUF file, or objects that are loaded already.
+
+Owns the choice of the loader. It does not own GGUF conversion (``gguf.py``) nor whether a model can be run (``runner.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pagedkv.errors import ConfigError, UnsupportedModelError
+from pagedkv.models.gguf import converted_folder, gguf_config, is_gguf
+
+ModelName = str | os.PathLike[str]
+DtypeName = str | torch.dtype | None
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_model(
+    model: ModelName | PreTrainedModel,
+    *,
+    dtype: DtypeName = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """A model in evaluation mode, loaded if it is not yet.
+
+    Args:
+        model: hub id, folder, ``.gguf`` file, or a loaded model, which is returned as it is.
+        dtype: of the weights: a torch dtype, its name, or None / ``"auto"`` for the checkpoint's own (float32 for GGUF).
+        device: where to; None for ``"cuda"`` when there is one, else ``"cpu"``.
+
+    Returns:
+        the model.
+
+    Raises:
+        ConfigError: nothing of that name, an unknown dtype, or a loaded model that is of another dtype or elsewhere than asked.
+        UnsupportedModelError: transformers has no causal language model for it.
+
+    Cost: reads the weights; for a GGUF file see ``converted_folder``.
+    """
+    wanted = parse_dtype(dtype)
+    if isinstance(model, PreTrainedModel):
+        return _as_asked(model, dtype=wanted, device=device)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UnsupportedModelError(f"{type(model).__name__} is neither a name of a model nor a transformers PreTrainedModel")
+    folder = _folder(model)
+    target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if wanted is None else wanted)
+    except OSError as error:
+        raise ConfigError(f"model {os.fspath(model)!r} cannot be loaded: {error}") from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"model {os.fspath(model)!r}: {error}") from error
+    loaded.to(target)  # type: ignore[arg-type]
+    loaded.eval()  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def load_tokenizer(
+    tokenizer: ModelName | PreTrainedTokenizerBase | None = None,
+    *,
+    model: ModelName | PreTrainedModel,
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that goes with a model.
+
+    Args:
+        tokenizer: hub id, folder, ``.gguf`` file, or a loaded tokenizer, which is returned as it is; None for the model's own.
+        model: what was given to ``load_model``.
+
+    Returns:
+        the tokenizer; None when none was named and the model is a loaded one or a folder without tokenizer files: token
+        ids go in and come out.
+
+    Raises:
+        ConfigError: nothing of that name.
+    """
+    if tokenizer is None:
+        if isinstance(model, PreTrainedModel):
+            return None
+        tokenizer = model
+        if Path(tokenizer).is_dir() and not any((Path(tokenizer) / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_folder(tokenizer))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer {os.fspath(tokenizer)!r} cannot be loaded: {error}") from error
+    return loaded
+
+
+def load_config(model: ModelName) -> PreTrainedConfig:
+    """The config of a hub id, folder or GGUF file; no weights are read.
+
+    Raises:
+        ConfigError: nothing of that name.
+    """
+    if is_gguf(model):
+        return gguf_config(model)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(os.fspath(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {os.fspath(model)!r} cannot be loaded: {error}") from error
+    return config
+
+
+def parse_dtype(dtype: DtypeName) -> torch.dtype | None:
+    """A floating dtype from itself or its name; None for None and ``"auto"``. Raises ``ConfigError`` for anything else."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r}: use a floating torch dtype or one of {', '.join(['auto', *_DTYPES])}")
+    return found
+
+
+def _folder(name: ModelName) -> str:
+    return os.fspath(converted_folder(name)) if is_gguf(name) else os.fspath(name)
+
+
+def _as_asked(model: PreTrainedModel, *, dtype: torch.dtype | None, device: str | torch.device | None) -> PreTrainedModel:
+    # The model is the caller's: it is never cast or moved behind their back.
+    if dtype is not None and model.dtype != dtype:
+        raise ConfigError(f"dtype is {dtype} but the loaded model is {model.dtype}: leave dtype out or cast the model")
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type != model.device.type or (wanted.index is not None and wanted.index != model.device.index):
+            raise ConfigError(f"device is {wanted} but the loaded model is on {model.device}: leave device out or move the model")
+    return model

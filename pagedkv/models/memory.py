@@ -1,0 +1,147 @@
+"""How much memory K/V takes, before anything is allocated.
+
+Owns the arithmetic and its report. It does not own pools (``pagedkv.storage``); the layers' shapes come from ``probe.py``,
+by a forward on the meta device when there is no model yet.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pagedkv.errors import ConfigError, UnsupportedModelError
+from pagedkv.models.call import PackedCall
+from pagedkv.models.loading import DtypeName, load_config, parse_dtype
+from pagedkv.models.probe import ModelShape, probe_model
+from pagedkv.models.refusals import check_config, check_model
+from pagedkv.storage import LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes that K/V of a model takes, and what fits.
+
+    Attributes:
+        block_size: tokens per block.
+        dtype: of K and V.
+        layers: geometry of each layer that stores K/V.
+        nbytes_per_token: all layers, K and V.
+        nbytes_per_block: the same for one block.
+        memory_bytes: what was asked about, or None.
+        num_blocks: blocks that fit in ``memory_bytes``, the null block included; None without ``memory_bytes``.
+        num_tokens: tokens that these blocks hold (the null block holds none); None without ``memory_bytes``.
+        max_model_len: the length that was asked about, or None.
+        num_sequences: sequences of ``max_model_len`` that fit at once; None unless both were asked.
+    """
+
+    block_size: int
+    dtype: torch.dtype
+    layers: tuple[LayerSpec, ...]
+    nbytes_per_token: int
+    nbytes_per_block: int
+    memory_bytes: int | None
+    num_blocks: int | None
+    num_tokens: int | None
+    max_model_len: int | None
+    num_sequences: int | None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that store K/V."""
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"K/V of {self.num_layers} layers in {str(self.dtype).removeprefix('torch.')}: "
+            f"{_size(self.nbytes_per_token)} per token, {_size(self.nbytes_per_block)} per block of {self.block_size}"
+        ]
+        if self.memory_bytes is not None:
+            lines.append(f"{_size(self.memory_bytes)} hold {self.num_blocks:,} blocks, {self.num_tokens:,} tokens")
+        if self.max_model_len is not None:
+            length = f"a sequence of {self.max_model_len:,} tokens takes {_size(self._blocks_per_sequence() * self.nbytes_per_block)}"
+            lines.append(length if self.num_sequences is None else f"{length}; {self.num_sequences:,} fit at once")
+        return "\n".join(lines)
+
+    def _blocks_per_sequence(self) -> int:
+        return -(-(self.max_model_len or 0) // self.block_size)
+
+
+def plan_memory(
+    model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
+    *,
+    block_size: int = 16,
+    dtype: DtypeName = None,
+    memory_bytes: int | None = None,
+    max_model_len: int | None = None,
+) -> MemoryPlan:
+    """Bytes of K/V per token and per block, and how many tokens fit, before anything is allocated.
+
+    Args:
+        model_or_config: a loaded model, a config, or a hub id, folder or GGUF file, of which only the config is read.
+        block_size: tokens per block, at least 1.
+        dtype: of K and V; None for what the model stores.
+        memory_bytes: memory for the pools, to learn what fits.
+        max_model_len: tokens of one sequence, to learn how many such sequences fit.
+
+    Returns:
+        the plan; ``print`` it to read it.
+
+    Raises:
+        ConfigError: a number out of range, or nothing of that name.
+        UnsupportedModelError: a model that cannot be run, with the reason.
+
+    Cost: a forward of 3 tokens for a loaded model; for a config, the construction of the model on the meta device.
+    """
+    for name, value in (("block_size", block_size), ("memory_bytes", memory_bytes), ("max_model_len", max_model_len)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}: at least 1 is needed")
+    shape = _shape(model_or_config)
+    stored = parse_dtype(dtype) or shape.dtype
+    per_token = sum(layer.nbytes_per_token(stored) for layer in shape.layers)
+    num_blocks = None if memory_bytes is None else memory_bytes // (per_token * block_size)
+    usable = None if num_blocks is None else max(num_blocks - 1, 0)
+    fits = None if usable is None or max_model_len is None else usable // -(-max_model_len // block_size)
+    return MemoryPlan(
+        block_size=block_size,
+        dtype=stored,
+        layers=shape.layers,
+        nbytes_per_token=per_token,
+        nbytes_per_block=per_token * block_size,
+        memory_bytes=memory_bytes,
+        num_blocks=num_blocks,
+        num_tokens=None if usable is None else usable * block_size,
+        max_model_len=max_model_len,
+        num_sequences=fits,
+    )
+
+
+def _shape(model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]) -> ModelShape:
+    if isinstance(model_or_config, (str, os.PathLike)):
+        model_or_config = load_config(model_or_config)
+    if isinstance(model_or_config, PreTrainedConfig):
+        model_or_config = _without_weights(model_or_config)
+    model = check_model(model_or_config)
+    return probe_model(model, PackedCall(model))
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    check_config(config, name=type(config).__name__)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(config).__name__}: {error}") from error
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:,.0f} {unit}" if unit == "B" or size >= 100 else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{nbytes} B"

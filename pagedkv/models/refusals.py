@@ -1,0 +1,82 @@
+"""What is refused before anything is run, each with its reason.
+
+Owns the rules that a look at the class and the config can decide. What only running shows is found by ``probe.py``
+(layers, masks) and ``selfcheck.py`` (numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pagedkv.errors import UnsupportedModelError
+
+# Short probes do not reach the cases in which these are wrong, so they are named.
+_DENIED = {
+    "doge": "its cached and its cache-less forward disagree beyond keep_window_size in transformers itself",
+    "recurrent_gemma": "it keeps recurrent state on its modules",
+}
+_RECURRENT = ("linear", "conv", "mamba", "recurrent", "ssm", "rwkv")
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_model(model: object) -> PreTrainedModel:
+    """The same object, known to be a causal language model in evaluation mode whose attention can be taken over.
+
+    Raises:
+        UnsupportedModelError: names the model and the reason.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel (an unwrapped one is needed)")
+    name = type(model).__name__
+    check_config(model.config, name=name)
+    if not model.can_generate() or _head(model) is None:
+        raise UnsupportedModelError(f"{name} has no causal language model head: load it with AutoModelForCausalLM")
+    if model.training:
+        raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
+    if not type(model)._can_set_attn_implementation():
+        raise UnsupportedModelError(f"the code of {name} does not call attention through transformers' AttentionInterface")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"{name} is spread over {', '.join(devices)}: one device is supported")
+    return model
+
+
+def check_config(config: PreTrainedConfig, *, name: str) -> None:
+    """Raise ``UnsupportedModelError`` for a config that cannot be run exactly, whatever the weights."""
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model: only decoders are supported in this release")
+    text = config.get_text_config(decoder=True)
+    for candidate in (config, text):
+        reason = _DENIED.get(candidate.model_type)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} ({candidate.model_type}): {reason}")
+    for layer_type in getattr(text, "layer_types", None) or ():
+        if any(word in str(layer_type) for word in _RECURRENT):
+            raise UnsupportedModelError(f"{name} has {layer_type} layers, whose state is not paged in this release")
+    for rope_type in _rope_types(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)):
+        if rope_type in _BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"{name} uses rope type {rope_type!r}, which picks its frequencies from the longest sequence of the batch: "
+                "tokens would depend on a request's neighbours"
+            )
+
+
+def _rope_types(parameters: object) -> Iterator[str]:
+    # One mapping for the model, or one per layer type.
+    if not isinstance(parameters, Mapping):
+        return
+    for key, value in parameters.items():
+        if key in ("rope_type", "type") and isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _rope_types(value)
+
+
+def _head(model: PreTrainedModel) -> object | None:
+    try:
+        head: object | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    except (AttributeError, NotImplementedError):
+        return None
+    return head

@@ -1,0 +1,174 @@
+"""Runs steps of an unmodified transformers model over paged K/V.
+
+Owns the decision whether a model can be run (refusals, probe, backend, self-check) and the forward of one step. It owns
+no storage: pools are made here on request and belong to the caller. Outside ``forward`` the model is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pagedkv.attention import AttentionBackend, get_backend
+from pagedkv.errors import ClosedError, ConfigError, UnsupportedBackendError, UnsupportedModelError
+from pagedkv.models.bridge import attention_configs, pointed_at_us
+from pagedkv.models.call import PackedCall
+from pagedkv.models.context import activate
+from pagedkv.models.facade import CacheFacade
+from pagedkv.models.limits import eos_token_ids, max_positions, num_token_ids
+from pagedkv.models.masks import MaskCarriers
+from pagedkv.models.probe import ModelShape, probe_model
+from pagedkv.models.refusals import check_model
+from pagedkv.models.selfcheck import SelfCheck, self_check
+from pagedkv.models.step import OptionsTable, PagedStep
+from pagedkv.storage import KVStorage, LayerSpec
+from pagedkv.storage.batch import StepBatch
+
+
+class ModelRunner:
+    """One model, made ready for steps over paged K/V.
+
+    Building it runs the model: a probe of 3 tokens, and a self-check that compares paged steps with the model's own
+    forward. A model that does not pass is refused, so that a wrong token is never served.
+
+    Args:
+        model: a causal language model in evaluation mode on one device. It is not changed; its attention implementation
+            is switched only while ``forward`` runs, and ordinary calls of the model in between (also from other threads)
+            compute what they did before. Parameters may require gradients: ``forward`` runs under ``no_grad``.
+        backend: name or object, as ``get_backend`` takes it.
+        block_size: tokens per block.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run exactly; says why.
+        UnsupportedBackendError: unknown, or gives its reason against one of the model's layers.
+        ConfigError: the block size is below 1.
+
+    Attributes:
+        layers: geometry of each layer that stores K/V.
+        vocab_size: width of the logits.
+        num_token_ids: token ids from 0 that the model can read; usually ``vocab_size``.
+        max_positions: longest sequence the config states, or None.
+        dtype: of K and V.
+        device: of the model.
+        eos_token_ids: ascending, possibly none.
+        report: what the self-check saw.
+
+    Cost: about 10 short forwards.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, backend: str | AttentionBackend = "auto", block_size: int = 16) -> None:
+        if block_size < 1:
+            raise ConfigError(f"block_size is {block_size}: at least 1 is needed")
+        self._model = check_model(model)
+        if model.device.type == "meta":
+            raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
+        self._call = PackedCall(model)
+        shape = probe_model(model, self._call)
+        self._backend = get_backend(backend, device=model.device)
+        _check_backend(self._backend, shape, block_size)
+        self._configs = attention_configs(model)
+        self._index = {layer: place for place, layer in enumerate(shape.layer_ids)}
+        self._carriers = MaskCarriers()
+        self._options = OptionsTable(self._carriers)
+        self._closed = False
+        self.layers: tuple[LayerSpec, ...] = shape.layers
+        self.block_size = block_size
+        self.dtype = shape.dtype
+        self.device = model.device
+        self.num_token_ids = num_token_ids(model)
+        # Ids that a head could name but the embedding could not read are never offered to a sampler.
+        self.vocab_size = min(shape.vocab_size, self.num_token_ids)
+        self.max_positions = max_positions(model.config)
+        self.eos_token_ids = eos_token_ids(model)
+        self.report: SelfCheck = self_check(self, self._call, shape)
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the attention backend in use."""
+        return self._backend.name
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, for ordinary use."""
+        return self._model
+
+    def new_storage(self, num_blocks: int | Sequence[int]) -> KVStorage:
+        """Zeroed pools of ``num_blocks`` blocks (the null block included) for this model's layers; the caller owns them.
+
+        Raises:
+            PoolAllocationError: the device refused the memory; nothing was kept.
+        """
+        return KVStorage(self.layers, num_blocks=num_blocks, block_size=self.block_size, dtype=self.dtype, device=self.device)
+
+    def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
+        """Run one step: write the K/V of its tokens, attend through the block tables, return the wanted logits.
+
+        Args:
+            batch: the step; its block copies must have been made. Block tables, slots and positions are trusted here.
+            storage: pools made by ``new_storage`` (or of the same geometry).
+
+        Returns:
+            ``[K, V]`` float32 on the model's device, one row per entry of ``batch.logits_indices``, in that order.
+
+        Raises:
+            ClosedError: after ``close()``.
+            UnsupportedModelError: the model is in training mode, or left the path that the probe saw.
+            ConfigError: the storage is not of this model's geometry.
+            StepError: another step of the same model is running (in another thread).
+
+        Cost: one forward; the head runs on ``K`` rows only. Our own part is about 25 microseconds a layer and 100 a step.
+        """
+        self._check_open()
+        self._check_storage(storage)
+        step = PagedStep(
+            pools=storage.layers,
+            index=self._index,
+            backend=self._backend,
+            attention=self._backend.plan(batch),
+            carriers=self._carriers,
+            options=self._options,
+            num_tokens=batch.plan.num_tokens,
+        )
+        with pointed_at_us(self._configs), activate(step):
+            logits = self._call(batch.token_ids, batch.positions, cache=CacheFacade(step), logits_indices=batch.logits_indices)
+        if not step.complete:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} stored K/V in {len(step.written)} and read it in {len(step.attended)} of its "
+                f"{len(self._index)} layers: was its attention implementation changed during the step?"
+            )
+        return logits[:, : self.vocab_size].float()
+
+    def close(self) -> None:
+        """End the use of the model, which is as it was. May be called again; ``forward`` raises afterwards."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the model runner is closed")
+        if self._model.training:
+            raise UnsupportedModelError("the model was put in training mode: a K/V cache is for inference, call model.eval()")
+
+    def _check_storage(self, storage: KVStorage) -> None:
+        pools = storage.layers
+        if (
+            len(pools) != len(self.layers)
+            or storage.block_size != self.block_size
+            or storage.dtype != self.dtype
+            or any(pool.spec is not spec and pool.spec != spec for pool, spec in zip(pools, self.layers, strict=True))
+        ):
+            raise ConfigError(
+                f"the storage ({len(pools)} layers, block size {storage.block_size}, {storage.dtype}) is not for this model "
+                f"({len(self.layers)} layers, block size {self.block_size}, {self.dtype}): make it with new_storage()"
+            )
+
+
+def _check_backend(backend: AttentionBackend, shape: ModelShape, block_size: int) -> None:
+    for request in shape.requests:
+        if request.dtype != shape.dtype:
+            raise UnsupportedModelError(f"queries are {request.dtype} but K/V are stored as {shape.dtype}")
+        reason = backend.supports(replace(request, block_size=block_size))
+        if reason is not None:
+            raise UnsupportedBackendError(f"attention backend {backend.name!r} cannot run this model: {reason} (asked for {request})")

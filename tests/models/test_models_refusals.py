@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from pagedkv.attention import AttendOptions, AttentionSpec, StepAttention
+from pagedkv.attention.reference import ReferenceBackend
+from pagedkv.errors import UnsupportedBackendError, UnsupportedModelError
+from pagedkv.models import ModelRunner, plan_memory
+from pagedkv.storage import LayerPool
+from pagedkv.testing.models import randomised, tiny_config, tiny_model
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+SMALL_GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gptj", {**SMALL_GPT, "rotary_dim": 4}, "AttentionInterface"),
+    ("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
+    ("mpt", {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "AttentionInterface"),
+    ("falcon", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "AttentionInterface"),
+    ("llama", {**BASE, "rope_parameters": DYNAMIC}, "'dynamic'.*neighbours"),
+    ("phi3", {**BASE, "original_max_position_embeddings": 32, "rope_parameters": LONG}, "'longrope'.*neighbours"),
+    ("deepseek_v3", {**BASE, **LATENT}, "changes K or V after storing it"),
+    ("diffllama", BASE, "changes K or V after storing it"),
+    ("mamba", MAMBA, "whose state is not paged"),
+    ("lfm2", {**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "conv layers"),
+    ("doge", BASE, "keep_window_size"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "arguments", "reason"), REFUSED, ids=[entry[0] for entry in REFUSED])
+def test_model_that_cannot_be_run_exactly_is_refused_with_its_reason(model_type: str, arguments: dict[str, Any], reason: str) -> None:
+    model = randomised(AutoConfig.for_model(model_type, **arguments))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        ModelRunner(model, block_size=4)
+    if model_type != "falcon":
+        with pytest.raises(UnsupportedModelError):
+            plan_memory(AutoConfig.for_model(model_type, **arguments))
+
+
+def test_objects_that_are_no_causal_language_model_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="not a transformers PreTrainedModel"):
+        ModelRunner(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="no causal language model head"):
+        ModelRunner(tiny_model("llama").model)
+    classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama")).eval()
+    with pytest.raises(UnsupportedModelError, match="no causal language model head"):
+        ModelRunner(classifier)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    config = AutoConfig.for_model("t5", vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        ModelRunner(AutoModelForSeq2SeqLM.from_config(config).eval())
+
+
+def test_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"training mode.*eval"):
+        ModelRunner(tiny_model("llama").train())
+
+
+def test_model_on_several_devices_is_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedModelError, match="spread over cpu, meta"):
+        ModelRunner(model)
+
+
+def test_model_without_weights_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no weights"):
+        ModelRunner(tiny_model("llama").to("meta"))
+
+
+class _Shy(ReferenceBackend):
+    """Runs no soft cap."""
+
+    @property
+    def name(self) -> str:
+        return "shy"
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        return "no soft cap here" if spec.softcap is not None else None
+
+
+class _Wrong(ReferenceBackend):
+    """Ignores the mask."""
+
+    @property
+    def name(self) -> str:
+        return "wrong"
+
+    def attend(self, query: Tensor, pool: LayerPool, step: StepAttention, options: AttendOptions) -> Tensor:
+        from pagedkv.attention import Mask
+
+        return super().attend(query, pool, step, AttendOptions(mask=Mask.causal(), scale=options.scale))
+
+
+class _Dropping(ReferenceBackend):
+    """Forgets every write, so that it reads poison."""
+
+    def write(self, pool: LayerPool, key: Tensor, value: Tensor, step: StepAttention) -> None:
+        pass
+
+
+def test_backend_that_declines_a_layer_is_named_with_its_reason() -> None:
+    with pytest.raises(UnsupportedBackendError, match=r"'shy'.*no soft cap here"):
+        ModelRunner(tiny_model("gemma2"), backend=_Shy())
+    assert ModelRunner(tiny_model("llama"), backend=_Shy()).backend_name == "shy"
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_self_check_finds_a_wrong_mask_and_gives_the_figures(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"self-check failed.*of the largest logit.*'wrong' attention"):
+        ModelRunner(tiny_model(name), backend=_Wrong(), block_size=4)
+
+
+def test_self_check_finds_k_and_v_that_were_never_written() -> None:
+    with pytest.raises(UnsupportedModelError, match="self-check failed"):
+        ModelRunner(tiny_model("llama"), backend=_Dropping(), block_size=4)
+
+
+def test_self_check_of_a_model_that_gives_nan_says_so() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(UnsupportedModelError, match="NaN"):
+        ModelRunner(model, block_size=4)
