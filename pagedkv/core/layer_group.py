@@ -10,6 +10,7 @@ import numpy as np
 from pagedkv.core.block_pool import BlockPool
 from pagedkv.core.eviction import EvictionPolicy
 from pagedkv.core.prefix_cache import PrefixCache
+from pagedkv.core.report import GroupStatistics
 from pagedkv.errors import InvariantError
 from pagedkv.plan import Int32Array
 
@@ -62,6 +63,24 @@ class LayerGroup:
         """Make published blocks unfindable; those that nobody holds become free."""
         self.cache.remove(block_ids)
         self.pool.forget_cached(block_ids)
+
+    def statistics(self) -> GroupStatistics:
+        """A frozen account; O(blocks)."""
+        pool = self.pool
+        return GroupStatistics(
+            num_blocks=pool.num_usable,
+            num_free=pool.num_free,
+            num_evictable=pool.num_evictable,
+            num_in_use=pool.num_in_use,
+            num_shared=int(np.count_nonzero(pool.references > 1)),
+            num_cached=len(self.cache),
+            num_evicted=self.num_evicted,
+        )
+
+    def held_blocks(self) -> tuple[tuple[int, int], ...]:
+        """``(block_id, references)`` of every held block, ascending; O(blocks)."""
+        held = np.flatnonzero(self.pool.references)
+        return tuple(zip(held.tolist(), self.pool.references[held].tolist(), strict=True))
 
     def check(self) -> None:
         """Verify the pool, the cache and that both name the same blocks; O(blocks).

@@ -15,7 +15,7 @@ from pagedkv.core.eviction import EvictionPolicy
 from pagedkv.core.layer_group import LayerGroup
 from pagedkv.core.prefix_cache import Namespaces
 from pagedkv.core.publication import Publication
-from pagedkv.core.report import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
+from pagedkv.core.report import CacheStatistics, Snapshot
 from pagedkv.core.reservations import Extension, Reservations
 from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.errors import ConfigError, InvalidRequestError, StaleHandleError, UnknownHandleError
@@ -396,21 +396,9 @@ class KVCacheManager:
 
     def statistics(self) -> CacheStatistics:
         """A frozen account; O(sequences + blocks)."""
-        groups = tuple(
-            GroupStatistics(
-                num_blocks=group.pool.num_usable,
-                num_free=group.pool.num_free,
-                num_evictable=group.pool.num_evictable,
-                num_in_use=group.pool.num_in_use,
-                num_shared=int((group.pool.references > 1).sum()),
-                num_cached=len(group.cache),
-                num_evicted=group.num_evicted,
-            )
-            for group in self._groups
-        )
         return CacheStatistics(
             block_size=self._block_size,
-            groups=groups,
+            groups=tuple(group.statistics() for group in self._groups),
             num_seqs=self.max_num_seqs - self.num_free_seqs,
             num_pins=len(self._pins),
             num_namespaces=len(self._namespaces),
@@ -424,27 +412,8 @@ class KVCacheManager:
 
     def snapshot(self) -> Snapshot:
         """All tables, copied out; O(everything)."""
-        table = self._table
-        sequences = []
-        for row in table.live_rows.tolist():
-            held, known = int(table.num_blocks[row]), int(table.num_tokens[row])
-            sequences.append(
-                SequenceSnapshot(
-                    seq=int(table.handles_of(np.array([row]))[0]),
-                    num_tokens=known,
-                    num_reserved_tokens=int(table.num_reserved[row]),
-                    num_computed_tokens=int(table.num_computed[row]),
-                    num_published_blocks=int(table.num_published[row]),
-                    token_ids=tuple(table.token_ids[row, :known].tolist()),
-                    block_tables=tuple(tuple(ids[row, :held].tolist()) for ids in table.block_tables),
-                    block_size=self._block_size,
-                )
-            )
-        references = tuple(
-            tuple((int(block), int(group.pool.references[block])) for block in np.flatnonzero(group.pool.references))
-            for group in self._groups
-        )
-        return Snapshot(self.statistics(), tuple(sequences), references)
+        sequences = tuple(self._table.snapshot(row) for row in self._table.live_rows.tolist())
+        return Snapshot(self.statistics(), sequences, tuple(group.held_blocks() for group in self._groups))
 
     def check(self) -> None:
         """Verify every invariant of pools, caches and tables; O(everything).

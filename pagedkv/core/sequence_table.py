@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pagedkv.core.report import SequenceSnapshot
 from pagedkv.errors import InvalidRequestError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import Int64Array
 
@@ -165,6 +166,20 @@ class SequenceTable:
         tokens = np.zeros((rows, columns * self._block_size), dtype=np.int32)
         tokens[:, : self.token_ids.shape[1]] = self.token_ids
         self.block_tables, self.token_ids = tables, tokens
+
+    def snapshot(self, row: int) -> SequenceSnapshot:
+        """One live row, copied out."""
+        held, known = int(self.num_blocks[row]), int(self.num_tokens[row])
+        return SequenceSnapshot(
+            seq=int(self._handles[row]),
+            num_tokens=known,
+            num_reserved_tokens=int(self.num_reserved[row]),
+            num_computed_tokens=int(self.num_computed[row]),
+            num_published_blocks=int(self.num_published[row]),
+            token_ids=tuple(self.token_ids[row, :known].tolist()),
+            block_tables=tuple(tuple(ids[row, :held].tolist()) for ids in self.block_tables),
+            block_size=self._block_size,
+        )
 
     def _refuse(self, seqs: Int64Array) -> None:
         for seq in seqs.tolist():
