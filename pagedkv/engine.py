@@ -239,6 +239,14 @@ class Engine:
         self._deliver_ended(set())
         return aborted
 
+    def preempt(self, request_id: str) -> bool:
+        """Take a running request's blocks away now; it waits and is computed again later, to the same tokens.
+
+        Returns:
+            False when no such request is running (a no-op).
+        """
+        return self._scheduler.preempt(request_id)
+
     def step(self) -> list[RequestOutput]:
         """Run one forward pass over what the scheduler chose, and deliver what it changed.
 
@@ -260,6 +268,18 @@ class Engine:
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
         return self._manager.purge(cache_salt)
+
+    def fill_free_blocks(self, value: float = 0.0) -> int:
+        """Overwrite the K/V of all blocks that hold nothing: zeros erase what requests left behind, NaN proves that nobody reads it.
+
+        Returns:
+            how many blocks that were, over all layer groups. Cost: O(their bytes).
+        """
+        self._check_open()
+        free = self._manager.free_block_ids()
+        for group, block_ids in enumerate(free):
+            self._storage.fill(block_ids, value, group=group)
+        return sum(map(len, free))
 
     def close(self) -> None:
         """Give the pool's memory back; may be called again. Requests that have not ended are gone."""

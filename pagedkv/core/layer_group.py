@@ -82,6 +82,10 @@ class LayerGroup:
         held = np.flatnonzero(self.pool.references)
         return tuple(zip(held.tolist(), self.pool.references[held].tolist(), strict=True))
 
+    def free_blocks(self) -> Int32Array:
+        """``[n]`` int32 ids of the blocks that hold nothing, ascending: neither held nor findable; O(blocks)."""
+        return np.flatnonzero((self.pool.references == 0) & ~self.pool.cached)[1:].astype(np.int32)  # without the null block
+
     def check(self) -> None:
         """Verify the pool, the cache and that both name the same blocks; O(blocks).
 

@@ -140,6 +140,10 @@ class KVCacheManager:
         """Blocks that could be handed out now, in the scarcest group."""
         return min(group.pool.num_available for group in self._groups)
 
+    def free_block_ids(self) -> tuple[Int32Array, ...]:
+        """Per group the blocks that hold nothing, ascending: whatever is written there, nobody reads; O(blocks)."""
+        return tuple(group.free_blocks() for group in self._groups)
+
     @property
     def table(self) -> SequenceTable:
         """The rows of all live sequences: to read, never to write."""

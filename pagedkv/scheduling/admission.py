@@ -84,7 +84,8 @@ class Admission:
             branch.record.note(EventKind.WAITING, step, reason=WaitReason.SEQUENCES, running=len(running))
             return False
         held = manager.num_held_blocks(match)
-        needed = -(-(len(branch.token_ids) + branch.width) // size) - held
+        # One block more for each fork: it gets a copy of the half-full last block, or a new one.
+        needed = -(-(len(branch.token_ids) + 1) // size) + branch.width - 1 - held
         if not len(running):
             return True  # alone it fits: that was checked when it was submitted
         if self._margin is None:

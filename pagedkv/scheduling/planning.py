@@ -63,6 +63,10 @@ class PlanBuilder:
         self._prefills.append((row, start, num_tokens))
         self.num_tokens += num_tokens
 
+    def abandon(self) -> None:
+        """Give back all that was reserved."""
+        self._manager.cancel(self._manager.table.handles_of(np.array(self.rows, dtype=np.int64)))
+
     def build(self, step: int) -> StepPlan:
         """Freeze the plan; O(tokens), a fixed number of array operations for the decodes."""
         table, decodes, seqs = self._manager.table, self.decodes, self._seqs

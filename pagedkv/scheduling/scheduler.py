@@ -168,12 +168,12 @@ class Scheduler:
             raise InvariantError("the last plan is outstanding: complete or undo it first")
         if not self._records:
             return None
-        builder = PlanBuilder(self.manager, self._running)
-        preempted = self._schedule_decodes(builder)
-        preempted |= self._schedule_prefills(builder)
-        self._admit(builder, preempted=preempted)
-        if not builder.num_tokens:
-            self._explain_standstill()
+        builder = self._schedule()
+        while not builder.num_tokens:
+            self._give_up_oldest()
+            if not self._records:
+                return None
+            builder = self._schedule()
         plan = builder.build(self._step)
         self._step += 1
         self._outstanding = plan
@@ -229,6 +229,26 @@ class Scheduler:
             self._finish(branch, "abort", None)
         return True
 
+    def preempt(self, request_id: str) -> bool:
+        """Take a running request's sequences away now: it waits again and computes what is not cached any more, to the same tokens.
+
+        For callers who need its blocks, and for tests; ``plan`` preempts by itself when blocks run out.
+
+        Returns:
+            False when no such request is running (a no-op).
+
+        Raises:
+            InvariantError: a plan is outstanding.
+        """
+        record = self._records.get(request_id)
+        running = [branch for branch in record.branches if branch.status is Status.RUNNING] if record else []
+        if not running:
+            return False
+        if self._outstanding is not None:
+            raise InvariantError("a request cannot be preempted while a plan is outstanding: complete or undo it first")
+        self._preempt(running, None)
+        return True
+
     def finish(
         self, request_id: str, index: int, reason: FinishReason, *, stop_reason: str | None = None, error: PagedKVError | None = None
     ) -> bool:
@@ -259,6 +279,17 @@ class Scheduler:
         return taken
 
     # How it is done.
+
+    def _schedule(self) -> PlanBuilder:
+        builder = PlanBuilder(self.manager, self._running)
+        try:
+            preempted = self._schedule_decodes(builder)
+            preempted |= self._schedule_prefills(builder)
+            self._admit(builder, preempted=preempted)
+        except BaseException:
+            builder.abandon()  # whatever went wrong, no slots stay reserved for a step that will not come
+            raise
+        return builder
 
     def _after_prefills(self, sampled_rows: Int64Array) -> None:
         """What only a step with prompt tokens can bring: first tokens, prefixes that others wait for, trunks ready to fork."""
@@ -333,10 +364,16 @@ class Scheduler:
         if victims:
             self._preempt(victims, None)
             return
-        # Nobody is left to preempt: only pinned prefixes can be in the way of a request that passed submission.
+        self._give_up_oldest(error)
+
+    def _give_up_oldest(self, error: OutOfBlocksError | None = None) -> None:
+        """End the oldest running branch: it has all blocks that can be had, so only pinned prefixes can be in its way."""
+        if not len(self._running):
+            raise InvariantError(f"nothing could be scheduled although {self.num_waiting} wait and nothing runs")
         branch = min(self._running.branches, key=_age)
+        needed = error.needed if error is not None else 1
         change = f"{self.manager.statistics().num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
-        branch.record.error = OutOfBlocksError(needed=error.needed, available=error.available, change=change)
+        branch.record.error = OutOfBlocksError(needed=needed, available=self.manager.num_available_blocks, change=change)
         self._finish(branch, "error", None)
 
     def _preempt(self, victims: list[Branch], for_request: str | None) -> None:
@@ -366,7 +403,7 @@ class Scheduler:
             if branch.is_trunk and int(self._running.remaining()[-1]) == 0:
                 self._fork(branch)
                 for child in branch.record.branches:
-                    if builder.num_tokens < self.config.max_num_batched_tokens:
+                    if builder.fit_chunk(child.row, self.config.max_num_batched_tokens - builder.num_tokens):
                         builder.add_prefill(child.row, 1)
                 continue
             chunk = builder.fit_chunk(branch.row, self.config.max_num_batched_tokens - builder.num_tokens)
@@ -450,13 +487,6 @@ class Scheduler:
     def _take_doomed(self) -> list[str]:
         doomed, self._doomed = list(self._doomed), {}
         return doomed
-
-    def _explain_standstill(self) -> None:
-        raise InvariantError(
-            f"nothing could be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
-            f"{self.manager.num_available_blocks} of {self.manager.num_usable_blocks} blocks available, "
-            f"{self.manager.statistics().num_pins} pins"
-        )
 
 
 def _age(branch: Branch) -> tuple[int, int]:
