@@ -102,9 +102,11 @@ def randomised(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """A causal language model of any config with wide random weights, made as ``tiny_model`` makes them."""
     from transformers import AutoModelForCausalLM
 
+    # Some releases of transformers default to SDPA for models with a soft cap, and leave the cap out there.
+    options = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
