@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
-from pagedkv.errors import ConfigError, InvariantError, OutOfBlocksError, StaleHandleError, UnknownHandleError
+from pagedkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfBlocksError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import BoolArray, Int32Array
 
 NULL_BLOCK = 0
@@ -105,10 +105,13 @@ class BlockPool:
         """Hand out ``count`` blocks with one reference each: free ones first, then evicted ones.
 
         Raises:
+            InvalidRequestError: ``count`` is negative.
             OutOfBlocksError: fewer than ``count`` are available; nothing was changed.
 
         Cost: a fixed number of array operations; O(1) amortised a block.
         """
+        if count < 0:
+            raise InvalidRequestError(f"{count} blocks were asked for: it must be at least 0")
         if count > self.num_available:
             raise OutOfBlocksError(needed=count, available=self.num_available)
         from_free = min(count, self._num_free)
@@ -178,10 +181,12 @@ class BlockPool:
         """Note that blocks are not findable any more; those that nobody holds become free.
 
         Raises:
-            InvariantError: a block is not cached.
+            UnknownHandleError: an id outside the pool, or the null block.
+            InvariantError: a block is not cached, or given twice.
         """
-        if not self._cached[block_ids].all():
-            raise InvariantError("only a cached block can be forgotten")
+        self._check_ids(block_ids)
+        if not self._cached[block_ids].all() or len(np.unique(block_ids)) < len(block_ids):
+            raise InvariantError("only a cached block can be forgotten, and only once")
         self._cached[block_ids] = False
         idle = block_ids[self._references[block_ids] == 0]
         if len(idle):

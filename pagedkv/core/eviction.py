@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pagedkv.errors import InvariantError
 from pagedkv.plan import Int32Array
 
 _MIN_WINDOW = 64  # entries looked at together; below this, numpy's call overhead outweighs the scan
@@ -75,7 +76,13 @@ class LeastRecentlyUsed:
         self._size -= len(block_ids)
 
     def pop(self, count: int) -> Int32Array:
-        """Take out the ``count`` least recently used blocks, oldest first."""
+        """Take out the ``count`` least recently used blocks, oldest first.
+
+        Raises:
+            InvariantError: there are not so many.
+        """
+        if count > self._size:
+            raise InvariantError(f"eviction policy: {count} blocks are to be evicted and {self._size} can be")
         victims = np.empty(count, dtype=np.int32)
         found = 0
         while found < count:

@@ -151,7 +151,8 @@ class KVCacheManager:
 
     def rows_of(self, seqs: Sequence[int] | Int64Array) -> Int64Array:
         """Rows of live handles, no repeats; raises ``UnknownHandleError`` or ``StaleHandleError``."""
-        return self._table.rows_of(np.asarray(seqs, dtype=np.int64))
+        trusted = isinstance(seqs, np.ndarray) and seqs.dtype == np.int64 and seqs.ndim == 1
+        return self._table.rows_of(seqs if trusted else _as_handles(seqs))  # type: ignore[arg-type]
 
     def match(self, token_ids: Sequence[int] | Int32Array, namespace: str = "") -> Match:
         """The longest cached prefix, in whole blocks; about 0.3 microseconds a block."""
@@ -465,12 +466,11 @@ class KVCacheManager:
         self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array
     ) -> tuple[Int64Array, Int32Array, Int32Array]:
         rows = self.rows_of(seqs)
-        counts = np.full(len(rows), num_new_tokens, np.int32) if isinstance(num_new_tokens, int) else _as_counts(num_new_tokens, len(rows))
+        counts = _as_counts(np.full(len(rows), num_new_tokens) if isinstance(num_new_tokens, int) else num_new_tokens, len(rows))
         start = self._table.num_reserved[rows]
-        end = start + counts
-        if len(rows) and (int(counts.min()) < 1 or (end > self._table.num_tokens[rows]).any()):
+        if len(rows) and (int(counts.min()) < 1 or (counts > self._table.num_tokens[rows] - start).any()):
             self._refuse_reservation(rows, num_new_tokens)
-        return rows, start, end
+        return rows, start, start + counts
 
     def _refuse_reservation(self, rows: Int64Array, asked: object) -> None:
         left = (self._table.num_tokens[rows] - self._table.num_reserved[rows]).tolist()
@@ -493,7 +493,7 @@ class KVCacheManager:
         some = tokens >= 0
         if np.count_nonzero(some) < len(some):
             rows, tokens, known = rows[some], tokens[some], known[some]
-        self._table.token_ids[rows, known] = tokens
+        self._table.token_ids.reshape(-1)[rows * self._table.token_ids.shape[1] + known] = tokens
         self._table.num_tokens[rows] = known + 1
 
     def _table_ids(self, index: int, rows: Int64Array, *, tail_first: bool = False) -> Int32Array:
@@ -511,18 +511,32 @@ class KVCacheManager:
         self._namespaces.sweep(used)
 
 
+def _as_integers(values: Sequence[int] | Int32Array | Int64Array, what: str) -> Int64Array:
+    try:
+        numbers: Int64Array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise InvalidRequestError(f"{what} must be a flat list of integers: {error}") from error
+    if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+        raise InvalidRequestError(f"{what} must be a flat list of integers, got {numbers.dtype} of shape {numbers.shape}")
+    return numbers
+
+
+def _as_handles(seqs: Sequence[int] | Int64Array) -> Int64Array:
+    return _as_integers(seqs, "sequence handles").astype(np.int64)
+
+
 def _as_tokens(token_ids: Sequence[int] | Int32Array) -> Int32Array:
-    wide = np.asarray(token_ids)
-    if wide.ndim != 1 or (len(wide) and wide.dtype.kind not in "iu"):
-        raise InvalidRequestError(f"token ids must be a flat list of integers, got {wide.dtype} of shape {wide.shape}")
+    wide = _as_integers(token_ids, "token ids")
     if len(wide) and not (int(wide.min()) >= 0 and int(wide.max()) < 2**31):
         raise InvalidRequestError(f"token ids must be from 0 to 2**31 - 1, got {int(wide.min())} to {int(wide.max())}")
     return wide.astype(np.int32)
 
 
 def _as_counts(values: Sequence[int] | Int32Array, length: int) -> Int32Array:
-    counts: Int64Array = np.asarray(values)
-    if counts.shape != (length,) or (length and counts.dtype.kind not in "iu"):
-        raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {counts.dtype} of shape {counts.shape}")
+    counts = _as_integers(values, "numbers")
+    if len(counts) != length:
+        raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {len(counts)}")
+    if counts.dtype != np.int32 and length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
+        raise InvalidRequestError(f"expected 32-bit integers, got {int(counts.min())} to {int(counts.max())}")
     narrow: Int32Array = counts.astype(np.int32, copy=False)
     return narrow

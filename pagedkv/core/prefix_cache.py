@@ -12,6 +12,7 @@ from pagedkv.errors import InvariantError
 from pagedkv.plan import Int32Array
 
 _ID_NBYTES = 4
+_KEY_DTYPE = np.dtype("<i4")
 _ONE = np.int32(1)  # of the counts' own type: ufunc.at is many times slower when it has to cast
 _MAX_ROOTS = 2**31 - 1
 
@@ -73,7 +74,10 @@ class PrefixCache:
         Cost: about 0.5 microseconds a block.
         """
         width = (1 + self._block_size) * _ID_NBYTES
-        raw = np.concatenate([parents[:, None], token_ids], axis=1).astype("<i4", copy=False).tobytes()
+        keys = np.empty((len(block_ids), 1 + self._block_size), dtype=_KEY_DTYPE)
+        keys[:, 0] = parents
+        keys[:, 1:] = token_ids
+        raw = keys.tobytes()
         ids = block_ids.tolist()
         claim, known = self._blocks.setdefault, self._keys
         holders = []

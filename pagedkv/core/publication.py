@@ -40,17 +40,18 @@ class Publication:
         self._table.num_published[rows] = full
 
     def _publish_singles(self, rows: Int64Array, column: Int32Array, roots: Int32Array) -> None:
-        table = self._table
-        contents = table.token_ids.reshape(table.max_num_seqs, -1, self._size)[rows, column]
-        for tables, group in zip(table.block_tables, self._groups, strict=True):
-            blocks = tables[rows, column]
-            parents = tables[rows, column - 1]
-            if np.count_nonzero(column) < len(column):
-                parents = np.where(column > 0, parents, roots)
+        cells = self._table.cells(rows, column)
+        contents = self._table.token_ids.reshape(-1, self._size).take(cells, axis=0)
+        has_parent = column > 0
+        for tables, group in zip(self._table.block_tables, self._groups, strict=True):
+            flat = tables.reshape(-1)
+            blocks, parents = flat.take(cells), flat.take(cells - 1, mode="wrap")
+            if np.count_nonzero(has_parent) < len(column):
+                parents = np.where(has_parent, parents, roots)
             holders = group.cache.publish(parents, contents, blocks, roots)
             if group.settle(blocks, holders):
                 self.num_deduplicated += int(np.count_nonzero(holders != blocks))
-                tables[rows, column] = holders
+                flat[cells] = holders
 
     def _publish_chain(self, row: int, begin: int, end: int) -> None:
         table, size = self._table, self._size

@@ -45,15 +45,16 @@ class Reservations:
         """One more slot in each row, from position ``start``: the decode path, a fixed and small number of array operations."""
         columns = start // self._size
         offsets = start - columns * self._size
+        cells = self._table.cells(rows, columns)
         fresh = (offsets == 0).nonzero()[0]  # a table holds exactly the blocks that its slots need, so only a full one grows
         copies = self._prepare(rows, len(fresh))
         if len(fresh):
-            owners, at = rows[fresh], columns[fresh]
-            for index, group in enumerate(self._groups):
-                self._table.block_tables[index][owners, at] = group.take(len(fresh))
-            self._table.num_blocks[owners] = at + 1
+            at = cells[fresh]
+            for tables, group in zip(self._table.block_tables, self._groups, strict=True):
+                tables.reshape(-1)[at] = group.take(len(fresh))
+            self._table.num_blocks[rows[fresh]] = columns[fresh] + 1
         self._table.num_reserved[rows] = start + 1
-        return Extension(self._slots(rows, columns, offsets), start, copies)
+        return Extension(self._slots(cells, offsets), start, copies)
 
     def grow(self, rows: Int64Array, start: Int32Array, end: Int32Array) -> Extension:
         """Slots from ``start`` to before ``end`` in each row; raises ``OutOfBlocksError`` before any change."""
@@ -66,7 +67,8 @@ class Reservations:
         counts = end - start
         positions = ranges(start, counts)
         columns, offsets = np.divmod(positions, self._size)
-        return Extension(self._slots(np.repeat(rows, counts), columns, offsets), positions, copies)
+        cells = self._table.cells(np.repeat(rows, counts), columns)
+        return Extension(self._slots(cells, offsets), positions, copies)
 
     def missing_blocks(self, rows: Int64Array, end: Int32Array) -> Int32Array:
         """Blocks that each row's table lacks for ``end`` tokens, without copies."""
@@ -151,13 +153,10 @@ class Reservations:
             table.block_tables[index, owners, columns] = group.take(total)
         table.num_blocks[rows] = first + missing
 
-    def _slots(self, owners: Int64Array, columns: Int32Array, offsets: Int32Array) -> Int64Array:
-        slots = np.empty((len(self._groups), len(owners)), dtype=np.int64)
-        slots32 = np.empty(len(owners), dtype=np.int32)
-        flat = owners * self._table.block_tables.shape[2] + columns  # one flat look-up costs half of a two-dimensional one
-        for index, table in enumerate(self._table.block_tables):
-            np.take(table.reshape(-1), flat, out=slots32)
-            slots[index] = slots32
+    def _slots(self, cells: Int64Array, offsets: Int32Array) -> Int64Array:
+        slots = np.empty((len(self._groups), len(cells)), dtype=np.int64)
+        for index, tables in enumerate(self._table.block_tables):
+            slots[index] = tables.reshape(-1).take(cells)
         slots *= self._size
         slots += offsets
         return slots

@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.core.report import SequenceSnapshot
 from pagedkv.errors import InvalidRequestError, StaleHandleError, UnknownHandleError
-from pagedkv.plan import Int64Array
+from pagedkv.plan import Int32Array, Int64Array
 
 _ROW_BITS = 32
 _ROW_MASK = 2**_ROW_BITS - 1
@@ -91,6 +91,15 @@ class SequenceTable:
         handles: Int64Array = self._handles[rows]
         return handles
 
+    def cells(self, rows: Int64Array, columns: Int32Array) -> Int64Array:
+        """Flat places of ``(row, column)`` in a group's block table, and of a block's tokens in ``token_ids`` cut into blocks.
+
+        One flat look-up costs half of a two-dimensional one, and the places serve several arrays.
+        """
+        places: Int64Array = rows * self.block_tables.shape[2]
+        places += columns
+        return places
+
     def rows_of(self, seqs: Int64Array) -> Int64Array:
         """Rows of distinct live handles; a fixed number of array operations, one comparison for the frozen array of the last call.
 
@@ -108,8 +117,9 @@ class SequenceTable:
             self._mark[rows] = order
             if not (self._mark[rows] == order).all():
                 raise InvalidRequestError("a sequence is given twice in one call")
-        if not seqs.flags.writeable:
-            # The step path passes the same frozen array step after step: it stays valid until a row is opened or closed.
+        if not seqs.flags.writeable and seqs.base is None:
+            # The step path passes the same frozen array step after step: it stays valid until a row is opened or closed. A frozen view
+            # is not trusted: whoever holds the array behind it can still write.
             self._last_seqs, self._last_rows, self._last_epoch = seqs, rows, self._epoch
         return rows
 
@@ -184,7 +194,7 @@ class SequenceTable:
     def _refuse(self, seqs: Int64Array) -> None:
         for seq in seqs.tolist():
             row, generation = seq & _ROW_MASK, seq >> _ROW_BITS
-            if seq <= 0 or row >= len(self._handles) or generation > self._generations[row]:
+            if generation < 1 or row >= len(self._handles) or generation > self._generations[row]:
                 raise UnknownHandleError(f"sequence handle {seq} was never issued by this manager")
             if self._handles[row] != seq:
                 if generation == self._generations[row]:

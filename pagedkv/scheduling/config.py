@@ -35,8 +35,8 @@ class SchedulerConfig:
             ("max_preemptions", self.max_preemptions, 0),
             ("num_ended_kept", self.num_ended_kept, 0),
         ):
-            if value < least:
-                raise ConfigError(f"{name} is {value}: it must be at least {least}")
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value}: it must be an integer of at least {least}")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark is {self.watermark}: it must be from 0 to below 1")
 

@@ -25,7 +25,8 @@ class PrefixesInFlight:
         """Note a branch that starts computing its prompt; prompts shorter than a block have nothing to share."""
         key = self._key(branch.request.namespace, branch.token_ids)
         if key is not None:
-            self._branches.setdefault(key, []).append(branch)
+            # Without those that have finished: an endless stream of one prompt must not grow the list.
+            self._branches[key] = [*filter(self._is_prefilling, self._branches.get(key, ())), branch]
 
     def find(self, namespace: str, token_ids: Int32Array) -> Iterator[Branch]:
         """Branches that are computing a prompt with the same first block, in order of admission.

@@ -46,14 +46,16 @@ class PlanBuilder:
         """Tokens of this row that can be computed now: what is left to compute, within the budget and the blocks at hand."""
         table, size = self._manager.table, self._manager.block_size
         start = int(table.num_reserved[row])
-        left = int(table.num_tokens[row]) - int(self._running.hold[row]) - start
+        left = min(int(table.num_tokens[row]) - int(self._running.hold[row]) - start, budget)
+        if left <= 0:
+            return 0
         available = self._manager.num_available_blocks
         if table.tail_shared[row] and start % size:
-            available -= 1  # the shared last block may have to be copied first
+            available -= self._manager.num_blocks_needed(table.handles_of(np.array([row])), 1)  # the last block may have to be copied first
             if available < 0:
                 return 0
         room = (int(table.num_blocks[row]) + available) * size - start
-        return max(0, min(left, budget, room))
+        return min(left, room)
 
     def add_prefill(self, row: int, num_tokens: int) -> None:
         """Reserve slots for a chunk that ``fit_chunk`` allowed."""
@@ -74,7 +76,7 @@ class PlanBuilder:
         rows, cu_seqlens_q = decodes, self._running.numbers[: num_decodes + 1]
         query_lens = self._running.ones[:num_decodes]
         positions = self._extensions[0].positions if num_decodes else query_lens
-        tokens = table.token_ids[decodes, positions]
+        tokens = table.token_ids.reshape(-1).take(decodes * table.token_ids.shape[1] + positions)
         if self._prefills:
             rows = np.concatenate([decodes, np.array([row for row, _, _ in self._prefills], dtype=np.int64)])
             seqs = table.handles_of(rows)

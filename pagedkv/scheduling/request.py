@@ -19,6 +19,7 @@ from pagedkv.plan import Int32Array
 from pagedkv.scheduling.events import Event, EventKind
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+_LARGEST = 2**31 - 1  # tokens and counts are kept in int32
 MAX_EVENTS = 256  # kept for each request: the first ones explain its start, the last ones its end
 
 
@@ -28,7 +29,7 @@ class Request:
 
     Args:
         request_id: names the request; free again when it has ended.
-        prompt_token_ids: ``[P]`` int32, at least one.
+        prompt_token_ids: ``[P]`` int32, at least one, ids from 0; copied and frozen.
         max_tokens: new tokens at most, at least 1.
         min_tokens: new tokens before a stop id may end it.
         eos_token_ids: tokens that end it with no stop reason.
@@ -37,6 +38,9 @@ class Request:
         priority: for policies that look at it; lower goes first.
         namespace: who may share cached prefixes with it.
         wants_prompt_logits: the logits of every prompt token are wanted, so no cached prefix is used.
+
+    Raises:
+        InvalidRequestError: an empty prompt, a token id or a number out of range; what is taken here cannot fail in a later step.
     """
 
     request_id: str
@@ -51,15 +55,19 @@ class Request:
     wants_prompt_logits: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt_token_ids", np.asarray(self.prompt_token_ids, dtype=np.int32))
+        object.__setattr__(self, "prompt_token_ids", _frozen_tokens(self.request_id, self.prompt_token_ids))
         for name, value, least in (
-            ("prompt length", len(self.prompt_token_ids), 1),
             ("max_tokens", self.max_tokens, 1),
             ("min_tokens", self.min_tokens, 0),
             ("n", self.n, 1),
+            *(("stop id", token, 0) for token in self.eos_token_ids + self.stop_token_ids),
         ):
-            if value < least:
-                raise InvalidRequestError(f"request {self.request_id!r}: {name} is {value}, it must be at least {least}")
+            if not isinstance(value, int | np.integer) or not least <= value <= _LARGEST:
+                raise InvalidRequestError(
+                    f"request {self.request_id!r}: {name} is {value}, it must be an integer of at least {least} and below 2**31"
+                )
+        if not isinstance(self.priority, int | np.integer):
+            raise InvalidRequestError(f"request {self.request_id!r}: priority is {self.priority}, it must be an integer")
 
 
 class Status(StrEnum):
@@ -161,3 +169,16 @@ class RequestRecord:
             self._first_events.append(event)
         else:
             self._last_events.append(event)
+
+
+def _frozen_tokens(request_id: str, token_ids: Int32Array) -> Int32Array:
+    wide = np.asarray(token_ids)
+    if wide.ndim != 1 or not len(wide) or wide.dtype.kind not in "iu":
+        raise InvalidRequestError(
+            f"request {request_id!r}: the prompt must be a flat, non-empty list of integers, got {wide.dtype} of shape {wide.shape}"
+        )
+    if int(wide.min()) < 0 or int(wide.max()) > _LARGEST:
+        raise InvalidRequestError(f"request {request_id!r}: token ids must be from 0 to 2**31 - 1, got {wide.min()} to {wide.max()}")
+    tokens = np.array(wide, dtype=np.int32)
+    tokens.flags.writeable = False
+    return tokens

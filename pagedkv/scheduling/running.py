@@ -13,7 +13,7 @@ from pagedkv.core import SequenceTable
 from pagedkv.plan import BoolArray, Int32Array, Int64Array
 from pagedkv.scheduling.request import Branch
 
-_NO_STOP = -1
+_NO_STOP = -2  # not -1, which stands for a token that could not be sampled
 _Array = TypeVar("_Array", Int32Array, Int64Array)
 
 
@@ -91,7 +91,7 @@ class RunningSet:
         self._prompt_lens[row] = prompt = len(request.prompt_token_ids)
         self.hold[row] = int(branch.is_trunk)
         self.limits[row] = prompt + request.max_tokens
-        self.minimums[row] = prompt + request.min_tokens
+        self.minimums[row] = prompt + min(request.min_tokens, request.max_tokens + 1)  # more is never reached, and may not fit int32
         self.prompt_logits[row] = request.wants_prompt_logits
         self._branches[row] = branch
         self._members.append(row)

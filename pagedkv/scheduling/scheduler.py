@@ -170,9 +170,9 @@ class Scheduler:
             return None
         builder = self._schedule()
         while not builder.num_tokens:
-            self._give_up_oldest()
             if not self._records:
                 return None
+            self._give_up_oldest()
             builder = self._schedule()
         plan = builder.build(self._step)
         self._step += 1
@@ -186,9 +186,14 @@ class Scheduler:
             plan: the outstanding one.
             token_ids: ``[Q]`` int32 new tokens in the order of ``plan.sampling_seqs``; -1 where none could be sampled (end that branch with
                 ``finish`` before the next plan).
+
+        Raises:
+            InvalidRequestError: another plan, another number of tokens, or a token below -1; the plan stays outstanding.
         """
-        self._take_outstanding(plan)
+        self._check_outstanding(plan)
         sampled = np.asarray(token_ids, dtype=np.int32)
+        if sampled.shape != plan.sampling_seqs.shape:
+            raise InvalidRequestError(f"the plan samples {len(plan.sampling_seqs)} tokens, got an array of shape {sampled.shape}")
         if len(sampled) == plan.num_seqs:
             next_ids, rows = sampled, plan.rows
         else:
@@ -196,6 +201,7 @@ class Scheduler:
             next_ids[plan.sampling_seqs] = sampled
             rows = plan.rows[plan.sampling_seqs]
         self.manager.complete(plan.seqs, next_ids)
+        self._outstanding = None
         if not self._running.steady:
             self._after_prefills(rows)
         self._end_branches(rows, sampled)
@@ -206,8 +212,9 @@ class Scheduler:
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
-        self._take_outstanding(plan)
+        self._check_outstanding(plan)
         self.manager.cancel(plan.seqs)
+        self._outstanding = None
         for row in plan.rows.tolist():
             self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
         for request_id in self._take_doomed():
@@ -327,8 +334,7 @@ class Scheduler:
             try:
                 builder.add_decodes(decodes)
             except OutOfBlocksError as error:
-                self._make_room(error)
-                preempted = True
+                preempted = self._make_room(error)
             else:
                 return preempted
 
@@ -359,12 +365,14 @@ class Scheduler:
             self._preempt(victims, self._running.branch(row).request.request_id)
             preempted = True
 
-    def _make_room(self, error: OutOfBlocksError) -> None:
+    def _make_room(self, error: OutOfBlocksError) -> bool:
+        """Preempt somebody; with nobody left to preempt, end the oldest and say False: what it held is free for others to be admitted."""
         victims = choose_victims(self.manager, self._running, self._policy)
         if victims:
             self._preempt(victims, None)
-            return
-        self._give_up_oldest(error)
+        else:
+            self._give_up_oldest(error)
+        return bool(victims)
 
     def _give_up_oldest(self, error: OutOfBlocksError | None = None) -> None:
         """End the oldest running branch: it has all blocks that can be had, so only pinned prefixes can be in its way."""
@@ -462,6 +470,7 @@ class Scheduler:
             record.finished_time = self._clock()
             del self._records[record.request.request_id]
             self._ended[record.request.request_id] = record
+            self._ended.move_to_end(record.request.request_id)  # an id that was used before is among the last again
             while len(self._ended) > self.config.num_ended_kept:
                 self._ended.popitem(last=False)
 
@@ -479,10 +488,9 @@ class Scheduler:
             if record.first_token_time is None:
                 record.first_token_time = now
 
-    def _take_outstanding(self, plan: StepPlan) -> None:
+    def _check_outstanding(self, plan: StepPlan) -> None:
         if plan is not self._outstanding:
             raise InvalidRequestError("this plan is not the outstanding one: each plan is completed or undone exactly once")
-        self._outstanding = None
 
     def _take_doomed(self) -> list[str]:
         doomed, self._doomed = list(self._doomed), {}
