@@ -17,16 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pagedkv.core import CacheStatistics, KVCacheManager, Snapshot
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PagedKVError, StepError
-from pagedkv.models import ModelRunner, build_processors, split_options
+from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
 from pagedkv.plan import Int64Array, StepPlan
-from pagedkv.prompts import ParsedPrompt, Prompt, parse_prompt
+from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
 from pagedkv.responses import Response, with_texts
-from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, encode_bad_words, prompt_logprobs
-from pagedkv.scheduling import Assignment, Branch, Request, Scheduler, SchedulerConfig, SchedulingPolicy
-from pagedkv.storage import BatchBuilder
-
-_UINT64 = 2**64
+from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
+from pagedkv.scheduling import Request, Scheduler, SchedulerConfig, SchedulingPolicy
+from pagedkv.seating import Seating
+from pagedkv.storage import BatchBuilder, KVStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,10 @@ class EngineConfig:
     watermark: float = 0.01
 
     def __post_init__(self) -> None:
+        for name in ("num_blocks", "seed", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{name} is {value!r}: it must be an integer")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len is {self.max_model_len}: it must be at least 2, one token in and one out")
         if self.num_blocks < 2:
@@ -124,6 +127,8 @@ class Engine:
         limits = SchedulerConfig(
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, watermark=config.watermark
         )
+        # Before the books, which are small beside it but not small for a pool that no device could hold.
+        self._storage = runner.new_storage(config.num_blocks)
         self._manager = KVCacheManager(
             num_blocks=config.num_blocks,
             block_size=runner.block_size,
@@ -132,12 +137,10 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._scheduler = Scheduler(self._manager, limits, policy=policy, clock=clock)
-        self._storage = runner.new_storage(config.num_blocks)
         self._batches = BatchBuilder(runner.device, runner.block_size)
         self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
         self._responses: dict[str, Response] = {}
-        self._row_owner: dict[int, tuple[Response, int]] = {}
-        self._watched = np.zeros(limits.max_running, dtype=np.bool_)
+        self._seating = Seating(runner, self._sampler, tokenizer=tokenizer, seed=config.seed, num_rows=limits.max_running)
         self._ready: list[RequestOutput] = []
         self._num_requests = 0
         self._num_computed = self._num_generated = self._num_steps = 0
@@ -181,6 +184,34 @@ class Engine:
         """All block tables, copied out."""
         return self._manager.snapshot()
 
+    @property
+    def storage(self) -> KVStorage:
+        """The K/V pools: to read, never to write."""
+        return self._storage
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, if there is one."""
+        return self._tokenizer
+
+    def sequence_of(self, request_id: str, index: int = 0) -> int:
+        """The handle by which ``snapshot()`` knows a running continuation of a request; it changes with every preemption.
+
+        Raises:
+            InvalidRequestError: no such request or continuation is known, or it holds no blocks now: it waits, or has ended.
+        """
+        record = self._scheduler.record(request_id)
+        branches = [branch for branch in record.branches if branch.index == index] if record else []
+        if not branches:
+            raise InvalidRequestError(f"request {request_id!r} has no continuation {index} that is known")
+        if not branches[0].seq:
+            raise InvalidRequestError(f"continuation {index} of request {request_id!r} holds no blocks: it is {branches[0].status}")
+        return branches[0].seq
+
+    def check(self) -> None:
+        """Verify every invariant of blocks, cached prefixes and tables; O(everything). Raises ``InvariantError`` naming a broken one."""
+        self._manager.check()
+
     def explain(self, request_id: str) -> str:
         """What happened to a request and why, a line each; for live requests and the last ended ones.
 
@@ -212,9 +243,11 @@ class Engine:
             ClosedError: after ``close``.
         """
         self._check_open()
+        if not isinstance(request_id, str):
+            raise InvalidRequestError(f"request id is {request_id!r}: it must be a text")
         params = SamplingParams() if params is None else params
         parsed = self._parse(prompt, params)
-        request = self._request(request_id, parsed, params, parsed.priority if priority is None else priority)
+        request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
         self._scheduler.submit(request)
         record = self._scheduler.record(request_id)
         if record is None:
@@ -236,7 +269,7 @@ class Engine:
             False when no such request is alive: unknown, or ended already (a no-op).
         """
         aborted = self._scheduler.abort(request_id)
-        self._deliver_ended(set())
+        self._deliver({})
         return aborted
 
     def preempt(self, request_id: str) -> bool:
@@ -261,7 +294,7 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is not None:
             self._run(plan)
-        self._deliver_ended(set())
+        self._deliver({})
         ready, self._ready = self._ready, []
         return ready
 
@@ -287,26 +320,28 @@ class Engine:
             self._closed = True
             self._storage.close()
             self._responses.clear()
-            self._row_owner.clear()
+            self._seating.clear()
 
     # How it is done.
 
     def _run(self, plan: StepPlan) -> None:
         try:
             with torch.no_grad():
-                for assignment in self._scheduler.take_assignments():
-                    self._seat(assignment)
+                self._seating.assign(self._scheduler.take_assignments(), self._responses)
                 batch = self._batches.build(plan)
                 self._storage.copy_blocks(plan.copies)
                 logits = self._runner.forward(batch, self._storage)
                 sampled = self._sample(plan, logits)
+                self._book_prompt_logits(plan, logits)
         except PagedKVError:
             self._scheduler.undo(plan)
             raise
         except Exception as error:
             self._scheduler.undo(plan)
             raise StepError(f"step {plan.step} with {plan.num_tokens} tokens of {plan.num_seqs} sequences failed: {error}") from error
-        self._book_prompt_logits(plan, logits)
+        except BaseException:  # an interrupt from the keyboard: whoever survives it goes on from here
+            self._scheduler.undo(plan)
+            raise
         rows = plan.rows[plan.sampling_seqs]
         self._scheduler.complete(plan, sampled.token_ids.astype(np.int32))
         self._num_steps += 1
@@ -314,36 +349,9 @@ class Engine:
         self._num_generated += len(rows) - len(sampled.errors)
         self._book_use()
         for index, failure in sampled.errors.items():
-            response, branch_index = self._row_owner[int(rows[index])]
+            response, branch_index = self._seating.owner(int(rows[index]))
             self._scheduler.finish(response.record.request.request_id, branch_index, "error", error=failure)
-        touched = self._watch(rows, sampled) if self._watched[rows].any() else set()
-        self._deliver_ended(touched)
-
-    def _seat(self, assignment: Assignment) -> None:
-        """Tell the sampler whose row this is from now on."""
-        response = self._responses[assignment.request_id]
-        request, params, row = response.record.request, response.params, assignment.row
-        if row in self._row_owner:
-            self._sampler.remove(row)
-        self._row_owner[row] = (response, assignment.index)
-        self._watched[row] = response.watched
-        plain, warping = split_options(params.generation_kwargs)
-        self._sampler.add(
-            row,
-            params,
-            prompt_token_ids=request.prompt_token_ids,
-            seed=self._seed(response),
-            index=assignment.index,
-            processors=self._processors(plain, request),
-            warpers=self._processors(warping, request),
-            eos_token_ids=request.eos_token_ids,
-            bad_words_token_ids=self._bad_words(params),
-        )
-
-    def _processors(self, options: dict[str, object], request: Request) -> list[Callable[[Tensor, Tensor], Tensor]]:
-        if not options:
-            return []
-        return build_processors(self._runner.model, options, num_prompt_tokens=len(request.prompt_token_ids))
+        self._deliver(self._watch(rows, sampled) if self._seating.watched[rows].any() else {})
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> SampledTokens:
         if len(plan.sampling_logits) != len(logits):
@@ -351,16 +359,16 @@ class Engine:
         table = self._manager.table
         return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], TokenHistories(table.token_ids, table.num_tokens))
 
-    def _watch(self, rows: Int64Array, sampled: SampledTokens) -> set[str]:
+    def _watch(self, rows: Int64Array, sampled: SampledTokens) -> dict[str, None]:
         """Feed new tokens to the requests that look at each, and end those that met a stop string."""
-        touched = set()
-        for index in self._watched[rows].nonzero()[0].tolist():
+        touched: dict[str, None] = {}
+        for index in self._seating.watched[rows].nonzero()[0].tolist():
             token = int(sampled.token_ids[index])
-            response, branch_index = self._row_owner[int(rows[index])]
+            response, branch_index = self._seating.owner(int(rows[index]))
             if token < 0:
                 continue
             request_id = response.record.request.request_id
-            touched.add(request_id)
+            touched[request_id] = None
             completion = response.completion(branch_index)
             if sampled.logprobs is not None and (entry := sampled.logprobs[index]) is not None:
                 completion.logprobs.append(with_texts(entry, self._decoder))
@@ -372,44 +380,39 @@ class Engine:
                 self._scheduler.finish(request_id, branch_index, "stop", stop_reason=stop)
         return touched
 
-    def _deliver_ended(self, touched: set[str]) -> None:
-        ended: list[Branch] = self._scheduler.take_ended()
-        done = set()
-        for branch in ended:
-            request_id = branch.request.request_id
-            response = self._responses.get(request_id)
-            if response is None:
-                continue
-            response.end(branch)
-            if response.record.finished:
-                done.add(request_id)
-                self._ready.append(response.output())
-                del self._responses[request_id]
-            elif response.stream:
-                touched.add(request_id)
-        for request_id in touched - done:
+    def _deliver(self, touched: dict[str, None]) -> None:
+        """Make ready an output for every request that ended, and for those touched that stream; in a fixed order."""
+        for branch in self._scheduler.take_ended():
+            response = self._responses.get(branch.request.request_id)
+            if response is not None:
+                response.end(branch)
+                touched[branch.request.request_id] = None
+        for request_id in touched:
             response = self._responses[request_id]
-            if response.stream:
-                self._ready.append(response.output())
+            if response.record.finished:
+                del self._responses[request_id]
+            elif not response.stream:
+                continue
+            self._ready.append(response.output())
 
     def _book_prompt_logits(self, plan: StepPlan, logits: Tensor) -> None:
         if len(plan.logits_indices) == len(plan.sampling_seqs):
             return
         for seq, row in enumerate(plan.rows.tolist()):
-            response, _ = self._row_owner[row]
+            response, _ = self._seating.owner(row)
             wanted = response.params.prompt_logprobs
             if wanted is None:
                 continue
             first, end = int(plan.cu_seqlens_q[seq]), int(plan.cu_seqlens_q[seq + 1])
             prompt = response.record.request.prompt_token_ids
             position = int(plan.positions[first])
-            count = min(end - first, len(prompt) - 1 - position)  # the last prompt token predicts the output, not the prompt
-            if count <= 0 or position != max(len(response.prompt_logprobs) - 1, 0):
-                continue  # computed again after a preemption, or for another continuation
-            start = int(np.searchsorted(plan.logits_indices, first))
-            entries = prompt_logprobs(logits[start : start + count], prompt[position + 1 : position + 1 + count], wanted)
-            if not response.prompt_logprobs:
-                response.prompt_logprobs.append(None)
+            booked = len(response.prompt_logprobs) - 1
+            again = booked - position  # computed before, and again after a preemption or for another continuation
+            count = min(end - first, len(prompt) - 1 - position) - again  # the last prompt token predicts the output, not the prompt
+            if count <= 0:
+                continue
+            start = int(np.searchsorted(plan.logits_indices, first)) + again
+            entries = prompt_logprobs(logits[start : start + count], prompt[booked + 1 : booked + 1 + count], wanted)
             response.prompt_logprobs.extend(with_texts(entry, self._decoder) for entry in entries)
 
     def _book_use(self) -> None:
@@ -419,15 +422,13 @@ class Engine:
         self._slot_steps += int(table.num_blocks.sum()) * self._runner.block_size
 
     def _parse(self, prompt: Prompt, params: SamplingParams) -> ParsedPrompt:
+        (params,) = as_params_list(params, 1)
         parsed = parse_prompt(prompt, tokenizer=self._tokenizer, num_token_ids=self._runner.num_token_ids, max_model_len=self.max_model_len)
         params.check_vocabulary(self._runner.vocab_size)
         needs_text = [name for name in ("stop", "bad_words") if getattr(params, name)]
         if needs_text and (self._tokenizer is None or ("stop" in needs_text and not params.detokenize)):
             raise InvalidRequestError(f"{' and '.join(needs_text)} need text: give a tokenizer and leave detokenize on, or use token ids")
-        plain, warping = split_options(params.generation_kwargs)
-        for options in (plain, warping):
-            if options:
-                build_processors(self._runner.model, options, num_prompt_tokens=len(parsed.token_ids))
+        self._seating.check(params, len(parsed.token_ids))
         return parsed
 
     def _request(self, request_id: str, parsed: ParsedPrompt, params: SamplingParams, priority: int) -> Request:
@@ -444,19 +445,6 @@ class Engine:
             namespace=parsed.cache_salt,
             wants_prompt_logits=params.prompt_logprobs is not None,
         )
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        if not params.bad_words or self._tokenizer is None:
-            return ()
-        tokenizer = self._tokenizer
-        return encode_bad_words(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
-
-    def _seed(self, response: Response) -> int:
-        given = response.params.seed
-        if given is not None and given >= 0:
-            return given
-        # Far apart for neighbours, and a function of the engine's seed and the order of submission alone.
-        return (self.config.seed * 0x9E3779B97F4A7C15 + response.record.arrival * 0xD1B54A32D192ED03 + 1) % _UINT64
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self, cast
 
@@ -15,11 +17,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pagedkv.attention import AttentionBackend
 from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import ModelRunner, load_model, load_tokenizer
 from pagedkv.outputs import RequestOutput
-from pagedkv.prompts import Prompt, as_prompt_list, parse_prompt
+from pagedkv.prompts import Prompt, as_params_list, as_prompt_list, parse_prompt
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
 from pagedkv.sizing import blocks_for_work, blocks_in_memory, free_memory
@@ -58,7 +61,7 @@ class LLM:
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: tokens of prompt and output together; the model's positions when not given.
         enable_prefix_caching: whether prefixes are kept and shared.
-        attention_backend: ``"auto"``, or a backend's name.
+        attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
 
@@ -82,7 +85,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
-        attention_backend: str = "auto",
+        attention_backend: str | AttentionBackend = "auto",
         scheduling_policy: str | SchedulingPolicy = "fcfs",
         seed: int = 0,
     ) -> None:
@@ -91,18 +94,27 @@ class LLM:
         if not 0 < memory_share <= 1:
             raise ConfigError(f"memory_share is {memory_share}: it must be from above 0 to 1")
         self._limits = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        self._config = EngineConfig(  # what cannot work is refused before the model is loaded
+            num_blocks=2 if num_blocks is None else num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            seed=seed,
+            watermark=self._limits.watermark,
+        )
         self._policy = _policy(scheduling_policy)
         self._memory_share = memory_share
         loaded = load_model(model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(tokenizer, model=model)
         self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size)
         self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
-        self._caching, self._seed = enable_prefix_caching, seed
         if kv_cache_memory_bytes is not None:
             num_blocks = blocks_in_memory(kv_cache_memory_bytes, self._nbytes_per_block, setting="kv_cache_memory_bytes")
         self._fixed_blocks = num_blocks
         self._engine = self._new_engine(num_blocks) if num_blocks is not None else None
         self._num_requests = 0
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._closed = False
 
     @property
@@ -155,7 +167,7 @@ class LLM:
         results: dict[str, RequestOutput] = {}
         outputs = self._run(work, stream=streamer is not None)
         feed = _StreamerFeed(streamer) if streamer is not None else None
-        with tqdm(total=len(work), disable=not use_tqdm or None, desc="prompts", dynamic_ncols=True) as bar:
+        with tqdm(total=len(work), disable=not use_tqdm or None, desc="prompts", unit="prompt", dynamic_ncols=True) as bar:
             progress = _Progress(bar, self)
             for output in outputs:
                 if feed is not None:
@@ -236,16 +248,7 @@ class LLM:
         return sum(spec.nbytes_per_token(self._runner.dtype) for spec in self._runner.layers) * self._runner.block_size
 
     def _new_engine(self, num_blocks: int) -> Engine:
-        limits = self._limits
-        config = EngineConfig(
-            num_blocks=num_blocks,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_model_len=self._max_model_len,
-            enable_prefix_caching=self._caching,
-            seed=self._seed,
-            watermark=limits.watermark,
-        )
+        config = replace(self._config, num_blocks=num_blocks)
         return Engine(self._runner, config, tokenizer=self._tokenizer, policy=self._policy)
 
     def _work(
@@ -257,13 +260,7 @@ class LLM:
         several = as_prompt_list(prompts)
         if not several:
             raise InvalidRequestError("the list of prompts is empty")
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(several)
-        else:
-            params = list(sampling_params)
-            if len(params) != len(several):
-                raise InvalidRequestError(f"{len(params)} sampling_params were given for {len(several)} prompts: give one, or one each")
-        work = list(zip(several, params, strict=True))
+        work = list(zip(several, as_params_list(sampling_params, len(several)), strict=True))
         if self._fixed_blocks is None:
             self._size_pool(work)
         for prompt, wanted in work:
@@ -284,38 +281,56 @@ class LLM:
             lengths.append((min(tokens, self._max_model_len), params.n))
         size, limits = self._runner.block_size, self._limits
         wanted = blocks_for_work(lengths, block_size=size, max_running=limits.max_running, watermark=limits.watermark)
-        if self._engine is not None and (self._engine.num_usable_blocks + 1 >= wanted or self._engine.has_unfinished):
-            return
-        held = 0 if self._engine is None else self._engine.statistics().pool_nbytes
+        held = have = 0
+        if self._engine is not None:
+            now = self._engine.statistics()
+            held, have = now.pool_nbytes, self._engine.num_usable_blocks + 1
+            if have >= wanted or self._inboxes or now.num_running or now.num_waiting:
+                return
         share = int((free_memory(self._runner.device) + held) * self._memory_share)
         blocks = min(wanted, blocks_in_memory(share, self._nbytes_per_block, setting=f"memory_share={self._memory_share} of free memory"))
+        if blocks <= have:
+            return
         if self._engine is not None:
-            if blocks <= self._engine.num_usable_blocks + 1:
-                return
             self._engine.close()
+            self._engine = None  # should the larger pool be refused, the next work starts afresh
         self._engine = self._new_engine(blocks)
 
     def _run(self, work: list[tuple[Prompt, SamplingParams]], *, stream: bool) -> Iterator[RequestOutput | None]:
         """Submit the work and step until it is done; yields its outputs, and None after each step."""
         engine = self.engine
-        mine: set[str] = set()
+        mine: dict[str, None] = {}
+        inbox: deque[RequestOutput] = deque()
         try:
             for prompt, params in work:
                 request_id = str(self._num_requests)
                 engine.add_request(request_id, prompt, params, stream=stream)
                 self._num_requests += 1
-                mine.add(request_id)
+                mine[request_id] = None
+                self._inboxes[request_id] = inbox
             while mine:
-                for output in engine.step():
-                    if output.request_id not in mine:
-                        continue  # of a stream that was left and not closed yet
+                if not inbox:  # a step that another stream made may have brought some already
+                    self._step(engine)
+                while inbox:
+                    output = inbox.popleft()
                     if output.finished:
-                        mine.discard(output.request_id)
+                        self._forget(mine, output.request_id)
                     yield output
                 yield None
         finally:
-            for request_id in mine:
+            for request_id in list(mine):
+                self._forget(mine, request_id)
                 engine.abort(request_id)
+
+    def _step(self, engine: Engine) -> None:
+        """Make a step, and give each output to the call that asked for it; of one that was left, to nobody."""
+        for output in engine.step():
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:
+                inbox.append(output)
+
+    def _forget(self, mine: dict[str, None], request_id: str) -> None:
+        del mine[request_id], self._inboxes[request_id]
 
 
 class _StreamerFeed:

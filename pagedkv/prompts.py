@@ -13,6 +13,7 @@ import numpy as np
 
 from pagedkv.errors import InvalidRequestError
 from pagedkv.plan import Int32Array
+from pagedkv.sampling import SamplingParams
 
 
 class PromptDict(TypedDict, total=False):
@@ -77,9 +78,14 @@ def parse_prompt(prompt: Prompt, *, tokenizer: Encoder | None, num_token_ids: in
     salt, priority = fields.get("cache_salt", ""), fields.get("priority", 0)
     if not isinstance(salt, str):
         raise InvalidRequestError(f"cache_salt is a {type(salt).__name__}: it must be a text")
+    return ParsedPrompt(text, token_ids, salt, check_priority(priority))
+
+
+def check_priority(priority: object) -> int:
+    """The same integer; raises ``InvalidRequestError`` for anything else."""
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise InvalidRequestError(f"priority is {priority!r}: it must be an integer")
-    return ParsedPrompt(text, token_ids, salt, priority)
+    return priority
 
 
 def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -91,6 +97,19 @@ def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def as_params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Sampling parameters for ``count`` prompts: one for all, or one each; raises ``InvalidRequestError`` for anything else."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    several = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else [params]
+    for given in several:
+        if not isinstance(given, SamplingParams):
+            raise InvalidRequestError(f"sampling_params has a {type(given).__name__}: give SamplingParams(...), one for all or one each")
+    if len(several) != count:
+        raise InvalidRequestError(f"{len(several)} sampling_params were given for {count} prompts: give one, or one each")
+    return several
 
 
 def _as_fields(prompt: Prompt) -> Mapping[str, object]:

@@ -31,6 +31,7 @@ class Completion:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     _detokenizer: IncrementalDetokenizer | None = None
     _stops: StopStrings | None = None
+    _stopped_by: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and self.params.detokenize:
@@ -54,10 +55,11 @@ class Completion:
         """Take the token that ended it, which is no part of the text."""
         self.token_ids.append(token_id)
 
-    def finish(self) -> None:
-        """Flush what was held back."""
+    def finish(self, *, by_length: bool) -> None:
+        """Flush what was held back; a stop string that only the last token allowed completed is what ended it."""
         if self._detokenizer is not None and self._stops is not None:
             self.text += self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
+            self._stopped_by = self._stops.matched if by_length else None
             self._detokenizer = self._stops = None
 
     def output(self, branch: Branch) -> CompletionOutput:
@@ -70,8 +72,8 @@ class Completion:
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs) if asked else None,
             cumulative_logprob=sum(chosen) if asked else None,
-            finish_reason=branch.finish_reason,
-            stop_reason=branch.stop_reason,
+            finish_reason="stop" if self._stopped_by is not None else branch.finish_reason,
+            stop_reason=branch.stop_reason if self._stopped_by is None else self._stopped_by,
         )
 
 
@@ -90,7 +92,7 @@ class Response:
     text: str | None
     stream: bool
     completions: dict[int, Completion] = field(default_factory=dict)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])  # nothing comes before the first token
 
     @property
     def watched(self) -> bool:
@@ -115,7 +117,7 @@ class Response:
             completion.append_silently(missing[-1])
         else:
             completion.append(missing)
-        completion.finish()
+        completion.finish(by_length=branch.finish_reason == "length")
 
     def output(self) -> RequestOutput:
         """A frozen copy of everything so far."""

@@ -192,11 +192,11 @@ class SequenceTable:
         )
 
     def _refuse(self, seqs: Int64Array) -> None:
-        for seq in seqs.tolist():
-            row, generation = seq & _ROW_MASK, seq >> _ROW_BITS
-            if generation < 1 or row >= len(self._handles) or generation > self._generations[row]:
-                raise UnknownHandleError(f"sequence handle {seq} was never issued by this manager")
-            if self._handles[row] != seq:
-                if generation == self._generations[row]:
-                    raise UnknownHandleError(f"sequence handle {seq} was never issued by this manager")
-                raise StaleHandleError(f"sequence handle {seq} was released (row {row}, generation {generation})")
+        rows = seqs & _ROW_MASK
+        inside = rows < len(self._handles)
+        wrong = ~inside | (self._handles[np.where(inside, rows, 0)] != seqs) | (seqs <= 0)
+        seq = int(seqs[wrong.argmax()])
+        row, generation = seq & _ROW_MASK, seq >> _ROW_BITS
+        if generation > 0 and row < len(self._handles) and generation < self._generations[row]:
+            raise StaleHandleError(f"sequence handle {seq} was released (row {row}, generation {generation})")
+        raise UnknownHandleError(f"sequence handle {seq} was never issued by this manager")

@@ -15,7 +15,7 @@ class EventKind(StrEnum):
     WAITING = "waiting"  # detail: reason, a WaitReason, and the numbers behind it
     ADMITTED = "admitted"  # detail: num_cached_tokens; miss, a MissReason, where it is 0
     FORKED = "forked"  # detail: n
-    PREEMPTED = "preempted"  # detail: index, freed blocks, for_request
+    PREEMPTED = "preempted"  # detail: index, freed_blocks
     UNDONE = "undone"  # a step with this request failed and was taken back
     FINISHED = "finished"  # detail: index, finish_reason
 

@@ -46,16 +46,10 @@ class PlanBuilder:
         """Tokens of this row that can be computed now: what is left to compute, within the budget and the blocks at hand."""
         table, size = self._manager.table, self._manager.block_size
         start = int(table.num_reserved[row])
-        left = min(int(table.num_tokens[row]) - int(self._running.hold[row]) - start, budget)
-        if left <= 0:
-            return 0
-        available = self._manager.num_available_blocks
-        if table.tail_shared[row] and start % size:
-            available -= self._manager.num_blocks_needed(table.handles_of(np.array([row])), 1)  # the last block may have to be copied first
-            if available < 0:
-                return 0
-        room = (int(table.num_blocks[row]) + available) * size - start
-        return min(left, room)
+        left = int(table.num_tokens[row]) - int(self._running.hold[row]) - start
+        # No copy to reckon with: a half-full last block that others hold is written by decodes alone, the first tokens of forks.
+        room = (int(table.num_blocks[row]) + self._manager.num_available_blocks) * size - start
+        return min(left, budget, room)
 
     def add_prefill(self, row: int, num_tokens: int) -> None:
         """Reserve slots for a chunk that ``fit_chunk`` allowed."""

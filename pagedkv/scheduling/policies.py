@@ -15,7 +15,7 @@ class Candidate:
         arrival: running number of submission.
         priority: as submitted; lower goes first.
         num_tokens: known tokens to compute, cached ones included.
-        num_passed_over: how often another was chosen although this one was looked at.
+        num_passed_over: how often another was admitted although this one ranks before it.
     """
 
     arrival: int

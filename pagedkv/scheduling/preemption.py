@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from pagedkv.core import KVCacheManager
 from pagedkv.scheduling.policies import SchedulingPolicy
 from pagedkv.scheduling.request import Branch
@@ -11,10 +9,10 @@ from pagedkv.scheduling.running import RunningSet
 from pagedkv.scheduling.waiting import candidate_of
 
 
-def choose_victims(manager: KVCacheManager, running: RunningSet, policy: SchedulingPolicy, *, spare: Collection[int] = ()) -> list[Branch]:
+def choose_victims(manager: KVCacheManager, running: RunningSet, policy: SchedulingPolicy) -> list[Branch]:
     """The fewest branches, worst-ranked first, whose release makes at least one block available; empty when there are none.
 
-    Never chosen: branches of the oldest running request, as long as any other can make room; its oldest branch, ever; rows in ``spare``.
+    Never chosen: branches of the oldest running request, as long as any other can make room; its oldest branch, ever.
     Branches that share all their blocks free nothing alone, so they go together.
 
     Cost: O(running + blocks that the victims hold), in Python: preemption is an event.
@@ -23,11 +21,7 @@ def choose_victims(manager: KVCacheManager, running: RunningSet, policy: Schedul
     siblings = [branch for branch in running.branches if branch.record is oldest.record and branch is not oldest]
     others = [branch for branch in running.branches if branch.record is not oldest.record]
     for pool in (others, siblings):
-        pool = sorted(
-            (branch for branch in pool if branch.row not in spare),
-            key=lambda branch: (policy.rank(candidate_of(branch)), branch.index),
-            reverse=True,
-        )
+        pool = sorted(pool, key=lambda branch: (policy.rank(candidate_of(branch)), branch.index), reverse=True)
         for count in range(1, len(pool) + 1):
             victims = pool[:count]
             if manager.num_exclusive_blocks([branch.seq for branch in victims]):

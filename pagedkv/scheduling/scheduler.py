@@ -172,7 +172,9 @@ class Scheduler:
         while not builder.num_tokens:
             if not self._records:
                 return None
-            self._give_up_oldest()
+            if not len(self._running):
+                raise InvariantError(f"nothing could be scheduled although {self.num_waiting} wait and nothing runs")
+            self._make_room(needed=1)
             builder = self._schedule()
         plan = builder.build(self._step)
         self._step += 1
@@ -253,7 +255,7 @@ class Scheduler:
             return False
         if self._outstanding is not None:
             raise InvariantError("a request cannot be preempted while a plan is outstanding: complete or undo it first")
-        self._preempt(running, None)
+        self._preempt(running)
         return True
 
     def finish(
@@ -291,7 +293,7 @@ class Scheduler:
         builder = PlanBuilder(self.manager, self._running)
         try:
             preempted = self._schedule_decodes(builder)
-            preempted |= self._schedule_prefills(builder)
+            self._schedule_prefills(builder)
             self._admit(builder, preempted=preempted)
         except BaseException:
             builder.abandon()  # whatever went wrong, no slots stay reserved for a step that will not come
@@ -334,57 +336,37 @@ class Scheduler:
             try:
                 builder.add_decodes(decodes)
             except OutOfBlocksError as error:
-                preempted = self._make_room(error)
+                preempted = self._make_room(needed=error.needed)
             else:
                 return preempted
 
-    def _schedule_prefills(self, builder: PlanBuilder) -> bool:
-        preempted = False
+    def _schedule_prefills(self, builder: PlanBuilder) -> None:
         if len(builder.decodes) == len(self._running):
-            return False
-        scheduled = set(builder.decodes.tolist())
+            return
+        decoding = set(builder.decodes.tolist())
         for row in self._running.rows.tolist():
-            budget = self.config.max_num_batched_tokens - builder.num_tokens
-            if row in scheduled or budget <= 0 or row not in self._running.rows:
-                continue
-            preempted |= self._schedule_prefill(builder, row, budget)
-        return preempted
+            if row not in decoding:
+                chunk = builder.fit_chunk(row, self.config.max_num_batched_tokens - builder.num_tokens)
+                if chunk:
+                    builder.add_prefill(row, chunk)
 
-    def _schedule_prefill(self, builder: PlanBuilder, row: int, budget: int) -> bool:
-        """Add a chunk of a running prefill; with no block left, who ranks behind it makes room, or it waits this step."""
-        preempted = False
-        while True:
-            chunk = builder.fit_chunk(row, budget)
-            if chunk:
-                builder.add_prefill(row, chunk)
-                return preempted
-            oldest = min(self._running.branches, key=_age)
-            victims = choose_victims(self.manager, self._running, self._policy, spare={row, *builder.rows})
-            if self._running.branch(row) is not oldest or not victims:
-                return preempted
-            self._preempt(victims, self._running.branch(row).request.request_id)
-            preempted = True
-
-    def _make_room(self, error: OutOfBlocksError) -> bool:
+    def _make_room(self, *, needed: int) -> bool:
         """Preempt somebody; with nobody left to preempt, end the oldest and say False: what it held is free for others to be admitted."""
         victims = choose_victims(self.manager, self._running, self._policy)
         if victims:
-            self._preempt(victims, None)
+            self._preempt(victims)
         else:
-            self._give_up_oldest(error)
+            self._give_up_oldest(needed)
         return bool(victims)
 
-    def _give_up_oldest(self, error: OutOfBlocksError | None = None) -> None:
+    def _give_up_oldest(self, needed: int) -> None:
         """End the oldest running branch: it has all blocks that can be had, so only pinned prefixes can be in its way."""
-        if not len(self._running):
-            raise InvariantError(f"nothing could be scheduled although {self.num_waiting} wait and nothing runs")
         branch = min(self._running.branches, key=_age)
-        needed = error.needed if error is not None else 1
         change = f"{self.manager.statistics().num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
         branch.record.error = OutOfBlocksError(needed=needed, available=self.manager.num_available_blocks, change=change)
         self._finish(branch, "error", None)
 
-    def _preempt(self, victims: list[Branch], for_request: str | None) -> None:
+    def _preempt(self, victims: list[Branch]) -> None:
         freed = self.manager.num_exclusive_blocks([branch.seq for branch in victims])
         for branch in victims:
             known = int(self.manager.table.num_tokens[branch.row])
@@ -393,7 +375,7 @@ class Scheduler:
             branch.move(Status.WAITING)
             branch.num_preemptions += 1
             self._num_preemptions += 1
-            branch.record.note(EventKind.PREEMPTED, self._step, index=branch.index, freed_blocks=freed, for_request=for_request)
+            branch.record.note(EventKind.PREEMPTED, self._step, index=branch.index, freed_blocks=freed)
             self._waiting.push(branch)
 
     def _admit(self, builder: PlanBuilder, *, preempted: bool) -> None:
@@ -403,7 +385,7 @@ class Scheduler:
             if ticket is None:
                 return
             branch, opened = ticket
-            self._waiting.remove(branch)
+            self._waiting.take(branch)
             branch.move(Status.RUNNING)
             self._place(branch, int(opened.seqs[0]))
             self._admission.note_started(branch)

@@ -21,10 +21,11 @@ class WaitingQueue:
     def __init__(self, policy: SchedulingPolicy) -> None:
         self.policy = policy
         self._heap: list[tuple[tuple[int, ...], int, int, Branch]] = []
-        self._queued: set[Branch] = set()
+        self._queued: dict[Branch, int] = {}  # the number of its entry that counts: one that was queued before may still be in the heap
         self._deferred: dict[int, list[tuple[int, Branch]]] = {}
         self._num_deferred = 0
         self._entries = 0
+        self._passed_over: list[Branch] = []  # by the last choice
 
     def __len__(self) -> int:
         """Branches that wait, deferred ones included."""
@@ -32,20 +33,21 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Branch]:
         """Queued branches, best first, then deferred ones."""
-        for _, _, _, branch in sorted(self._heap, key=lambda entry: entry[:3]):
-            if branch in self._queued:
+        for _, _, number, branch in sorted(self._heap, key=lambda entry: entry[:3]):
+            if self._queued.get(branch) == number:
                 yield branch
         for waiters in self._deferred.values():
             yield from (branch for _, branch in waiters if branch.status is Status.DEFERRED)
 
     def push(self, branch: Branch) -> None:
         """Queue a waiting branch at its rank."""
-        self._queued.add(branch)
         self._entries += 1
+        self._queued[branch] = self._entries
         heapq.heappush(self._heap, (self.policy.rank(candidate_of(branch)), branch.index, self._entries, branch))
 
     def next(self, num_cached_tokens: Callable[[Branch], int]) -> Branch | None:
         """The branch to admit next, left in the queue; None when nobody is queued."""
+        self._passed_over = []
         if self.policy.lookahead == 1:
             self._drop_dead()
             return self._heap[0][3] if self._heap else None
@@ -61,14 +63,19 @@ class WaitingQueue:
             return None
         branches = [entry[3] for entry in entries]
         chosen = self.policy.choose([candidate_of(branch) for branch in branches], [num_cached_tokens(branch) for branch in branches])
-        for branch in branches[:chosen]:
-            branch.num_passed_over += 1
+        self._passed_over = branches[:chosen]
         return branches[chosen]
+
+    def take(self, branch: Branch) -> None:
+        """Take out the branch that ``next`` gave, which is admitted; who ranks before it was passed over."""
+        for other in self._passed_over:
+            other.num_passed_over += 1
+        self.remove(branch)
 
     def remove(self, branch: Branch) -> None:
         """Take a branch out of the queue, or out of those deferred."""
         if branch in self._queued:
-            self._queued.discard(branch)
+            del self._queued[branch]
         elif branch.status is Status.DEFERRED:
             self._num_deferred -= 1
 
@@ -103,7 +110,7 @@ class WaitingQueue:
         return list(self._deferred)
 
     def _drop_dead(self) -> None:
-        while self._heap and self._heap[0][3] not in self._queued:
+        while self._heap and self._queued.get(self._heap[0][3]) != self._heap[0][2]:
             heapq.heappop(self._heap)
 
 

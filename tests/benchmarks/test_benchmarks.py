@@ -1,0 +1,75 @@
+"""Every benchmark script runs to its end in its quick form and writes the figures that it promises; no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+COMMON = {"title", "command", "date", "machine", "load_average_before", "load_average_after", "tables", "figures", "notes", "wall_s"}
+
+
+def run(script: str, folder: Path, *options: str) -> dict[str, Any]:
+    path = folder / "figures.json"
+    command = [sys.executable, str(FOLDER / script), "--quick", "--seed", "1", "--json", str(path), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, f"{script} {options}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert set(content) >= COMMON, f"{script}: missing {COMMON - set(content)}"
+    assert str(folder) not in path.read_text(), "a published file names no path of its machine"
+    return content
+
+
+def need(figures: dict[str, Any], *names: str) -> None:
+    missing = [name for name in names if name not in figures]
+    assert not missing, f"missing {missing}; there are {sorted(figures)}"
+
+
+def test_control_plane_quick_run_writes_steps_and_commands(tmp_path: Path) -> None:
+    figures = run("control_plane.py", tmp_path, "--no-rivals")["figures"]
+    need(figures, "decode step, pagedkv, 64 running, us", "decode step, core, 64 running, us")
+    assert figures["decode step, pagedkv, 64 running, us"]["count"] > 0
+
+
+def test_throughput_tiny_model_compares_all_ways_on_all_workloads(tmp_path: Path) -> None:
+    content = run("throughput.py", tmp_path, "--model", "tiny", "--threads", "1")
+    figures = content["figures"]
+    for work in "ABCD":
+        for who in ("pagedkv", "generate, sorted by prompt", "continuous batching"):
+            need(figures, f"{work}, {who}, s", f"{work}, {who}, tokens/s", f"{work}, {who}, times the seconds of pagedkv")
+            need(figures, f"{work}, {who}, requests other than alone", f"{work}, {who}, tokens other than pagedkv's")
+        need(figures, f"{work}, pagedkv, preemptions", f"{work}, pagedkv, peak blocks", f"{work}, pagedkv, K/V waste %")
+    need(figures, "B, generate, sorted by output, s")
+    # A wrong token would make the figures worthless, so this much is judged.
+    assert [figures[f"{work}, pagedkv, requests other than alone"] for work in "ABCD"] == [0] * 4, content["tables"]
+    assert figures["C, pagedkv, cached prompt tokens"] > 0
+
+
+def test_throughput_bfloat16_run_of_one_workload_compares_no_tokens(tmp_path: Path) -> None:
+    figures = run("throughput.py", tmp_path, "--model", "tiny", "--dtype", "bfloat16", "--workloads", "b", "--rivals", "padded")["figures"]
+    need(figures, "B, pagedkv, s", "B, generate, sorted by prompt, s")
+    assert not [name for name in figures if name.startswith(("A", "C", "D")) or "continuous" in name or "other than" in name]
+
+
+def test_memory_quick_run_writes_layouts_block_sizes_and_prefix(tmp_path: Path) -> None:
+    figures = run("memory.py", tmp_path)["figures"]
+    for size in (1, 4, 16, 64):
+        need(figures, f"pages of {size}, waste %", f"pages of {size}, peak bytes")
+    assert figures["pages of 1, waste %"] == 0
+    assert figures["C, shared, blocks that hold the prefix"] == figures["C, blocks of the prefix stored once"]
+    assert figures["C, each its own, blocks that hold the prefix"] > figures["C, shared, blocks that hold the prefix"]
+
+
+def test_memory_tiny_model_engine_agrees_with_the_books_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures = run("memory.py", tmp_path, "--model", "tiny", "--plot", str(tmp_path / "plot.png"))["figures"]
+    need(figures, "engine, waste %", "engine, its own mean_waste %", "engine, peak blocks", "engine, pool bytes")
+    assert figures["engine, preemptions"] == 0
+    assert (tmp_path / "plot.png").stat().st_size > 0

@@ -1,0 +1,214 @@
+"""What fails fails alone: a whole step is undone and may be tried again; an error in one request ends that request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from engine_support import PROMPTS, FailingBackend, Prompt, generate, greedy, new_engine, run_all, step, tokens_of
+from transformers import PreTrainedModel
+
+from pagedkv.engine import Engine
+from pagedkv.errors import ClosedError, InvalidRequestError, InvariantError, PagedKVError, StepError, UnsupportedModelError
+from pagedkv.models import ModelRunner
+from pagedkv.outputs import RequestOutput
+from pagedkv.sampling import SamplingParams
+from pagedkv.testing.models import tiny_model
+from pagedkv.testing.poison import PoisonBackend
+
+ODD_TOKEN = 96  # in no prompt and no reference: its embedding can be spoilt without harm to others
+
+
+def _failing(error: BaseException) -> tuple[PreTrainedModel, FailingBackend, ModelRunner]:
+    model = tiny_model("llama", num_hidden_layers=1)
+    backend = FailingBackend(error, PoisonBackend())
+    return model, backend, ModelRunner(model, backend=backend, block_size=4)
+
+
+def _submit_work(engine: Engine) -> None:
+    """A fork, two that outgrow the pool together, and a latecomer that hits their prefix."""
+    engine.add_request("fork", PROMPTS[1], greedy(8, n=2))
+    engine.add_request("long", PROMPTS[2], greedy(8))
+    engine.add_request("hit", PROMPTS[2], greedy(8))
+
+
+def _facts(engine: Engine) -> dict[int, tuple[tuple[int, ...], int]]:
+    return {sequence.seq: (sequence.token_ids, sequence.num_computed_tokens) for sequence in engine.snapshot().sequences}
+
+
+def _account(engine: Engine) -> tuple[int, int, int]:
+    now = engine.statistics()
+    return now.num_steps, now.num_computed_tokens, now.num_generated_tokens
+
+
+def _step_that_may_fail(engine: Engine) -> list[RequestOutput] | None:
+    """A step; None when it failed, which must have changed nothing."""
+    tables, account, preempted = _facts(engine), _account(engine), engine.statistics().num_preemptions
+    try:
+        return step(engine)
+    except StepError as error:
+        caught = error
+    assert isinstance(caught.__cause__, MemoryError)
+    assert "the device is full" in str(caught)
+    engine.check()
+    now = _facts(engine)
+    for seq, (tokens, computed) in tables.items():
+        if seq not in now:
+            assert engine.statistics().num_preemptions > preempted, "a sequence is gone that was not preempted"
+            continue
+        assert now[seq][0] == tokens
+        # A half-full block whose copy was planned may not have been copied: its tokens are computed again.
+        assert computed - 4 < now[seq][1] <= computed
+    assert _account(engine) == account
+    engine.fill_free_blocks(float("nan"))
+    return None
+
+
+def test_step_that_fails_at_any_call_is_undone_and_its_retry_gives_the_same_tokens() -> None:
+    model, backend, runner = _failing(MemoryError("the device is full"))
+    want = {
+        "fork": [generate(model, PROMPTS[1], 8)] * 2,
+        "long": [generate(model, PROMPTS[2], 8)],
+        "hit": [generate(model, PROMPTS[2], 8)],
+    }
+    failed_at = 0
+    for call in range(200):
+        engine = new_engine(runner, 11, max_num_batched_tokens=9)
+        _submit_work(engine)
+        backend.arm(call)
+        ended: dict[str, RequestOutput] = {}
+        failures = 0
+        while engine.has_unfinished:
+            outputs = _step_that_may_fail(engine)
+            failures += outputs is None
+            ended.update((output.request_id, output) for output in outputs or () if output.finished)
+        assert {request_id: tokens_of(output) for request_id, output in ended.items()} == want, f"failed at call {call}"
+        assert failures == (0 if backend.armed else 1)
+        if backend.armed:  # every call of a run has failed once by now; this run had none
+            assert engine.statistics().num_preemptions > 0
+            assert engine.statistics().cache.num_copies > 0
+            assert engine.statistics().cache.num_hit_tokens > 0
+            backend.disarm()
+            break
+        failed_at += 1
+        assert any("undone" in str(event) for output in ended.values() for event in output.events)
+    assert failed_at > 20, "the work was too short to fail in"
+
+
+def test_step_interrupted_from_the_keyboard_is_undone_and_the_next_goes_on() -> None:
+    model, backend, runner = _failing(KeyboardInterrupt())
+    engine = new_engine(runner)
+    engine.add_request("it", PROMPTS[0], greedy(5))
+    step(engine)
+    backend.arm(1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert run_all(engine)["it"].outputs[0].token_ids == generate(model, PROMPTS[0], 5)
+
+
+def test_abort_between_a_failed_step_and_its_retry_ends_that_request_only() -> None:
+    model, backend, runner = _failing(RuntimeError("broken"))
+    engine = new_engine(runner)
+    engine.add_request("aborted", PROMPTS[0], greedy(5))
+    engine.add_request("other", PROMPTS[1], greedy(5))
+    backend.arm(0)
+    with pytest.raises(StepError, match="broken"):
+        engine.step()
+    assert engine.abort("aborted")
+    ended = run_all(engine)
+    assert ended["aborted"].outputs[0].finish_reason == "abort"
+    assert ended["other"].outputs[0].token_ids == generate(model, PROMPTS[1], 5)
+
+
+@contextmanager
+def _spoilt(model: PreTrainedModel) -> Iterator[None]:
+    """The embedding of ``ODD_TOKEN`` is NaN for a while."""
+    weight = model.get_input_embeddings().weight
+    kept = weight[ODD_TOKEN].detach().clone()
+    with torch.no_grad():
+        weight[ODD_TOKEN] = float("nan")
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[ODD_TOKEN] = kept
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_eos": True}, {"temperature": 1.0}, {"n": 2}, {"stop_token_ids": [3, 4]}], ids=str)
+def test_logits_that_are_not_finite_end_that_request_only(
+    runner: ModelRunner, references: dict[Prompt, tuple[int, ...]], options: dict[str, object]
+) -> None:
+    with _spoilt(runner.model):
+        engine = new_engine(runner)
+        engine.add_request("before", PROMPTS[0], greedy(stop_token_ids=[90, 91, 92]))
+        step(engine)
+        engine.add_request("bad", (5, ODD_TOKEN, 7), SamplingParams(**{"temperature": 0, "max_tokens": 6, **options}))  # type: ignore[arg-type]
+        engine.add_request("after", PROMPTS[2], greedy())
+        ended = run_all(engine)
+    bad = ended["bad"]
+    assert bad.finished
+    assert {completion.finish_reason for completion in bad.outputs} == {"error"}
+    assert all(completion.token_ids == () and completion.stop_reason is None for completion in bad.outputs)
+    assert isinstance(bad.error, InvariantError)
+    assert "finite" in str(bad.error)
+    assert ended["before"].outputs[0].token_ids == references[PROMPTS[0]][:8]
+    assert ended["after"].outputs[0].token_ids == references[PROMPTS[2]][:8]
+    assert engine.statistics().cache.groups[0].num_in_use == 0
+
+
+def test_logits_processor_that_raises_ends_that_request_only(runner: ModelRunner, references: dict[Prompt, tuple[int, ...]]) -> None:
+    def allowed(batch: int, token_ids: torch.Tensor) -> list[int]:
+        if len(token_ids) == len(PROMPTS[1]) + 3:
+            raise LookupError("no grammar rule")
+        return list(range(97))
+
+    engine = new_engine(runner)
+    engine.add_request("neighbour", PROMPTS[0], greedy())
+    engine.add_request("bad", PROMPTS[1], greedy(generation_kwargs={"prefix_allowed_tokens_fn": allowed}))
+    ended = run_all(engine)
+    bad = ended["bad"]
+    assert bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].token_ids == references[PROMPTS[1]][:3]
+    assert isinstance(bad.error, InvalidRequestError)
+    assert "no grammar rule" in str(bad.error)
+    assert isinstance(bad.error.__cause__, LookupError)
+    assert ended["neighbour"].outputs[0].token_ids == references[PROMPTS[0]][:8]
+
+
+def test_model_put_in_training_mode_is_refused_at_the_step_and_goes_on_after_eval(references: dict[Prompt, tuple[int, ...]]) -> None:
+    model = tiny_model("llama")
+    engine = new_engine(ModelRunner(model, backend=PoisonBackend(), block_size=4))
+    engine.add_request("it", PROMPTS[0], greedy())
+    step(engine)
+    model.train()
+    with pytest.raises(UnsupportedModelError, match=r"inference.*model\.eval\(\)"):
+        engine.step()
+    model.eval()
+    assert run_all(engine)["it"].outputs[0].token_ids == references[PROMPTS[0]][:8]
+
+
+def test_model_is_usable_as_ever_between_steps(runner: ModelRunner, references: dict[Prompt, tuple[int, ...]]) -> None:
+    engine = new_engine(runner)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, greedy())
+    ended: dict[str, RequestOutput] = {}
+    while engine.has_unfinished:
+        ended.update((output.request_id, output) for output in step(engine) if output.finished)
+        assert generate(runner.model, PROMPTS[1], 4) == references[PROMPTS[1]][:4]
+    assert [ended[str(index)].outputs[0].token_ids for index in range(len(PROMPTS))] == [references[prompt][:8] for prompt in PROMPTS]
+
+
+def test_engine_after_close_refuses_work_and_closing_again_is_allowed(runner: ModelRunner) -> None:
+    engine = new_engine(runner)
+    engine.add_request("it", PROMPTS[0], greedy())
+    step(engine)
+    engine.close()
+    engine.close()
+    for use in (engine.step, lambda: engine.add_request("b", [5]), lambda: engine.check_request([5], greedy()), engine.fill_free_blocks):
+        with pytest.raises(ClosedError):
+            use()
+    assert isinstance(ClosedError("x"), PagedKVError)
+    assert engine.abort("it") is True
+    assert engine.abort("it") is False
