@@ -23,7 +23,8 @@ def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
         value = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
     if value is None:
         return ()
-    return tuple(sorted({int(value)} if isinstance(value, int) else {int(token) for token in value}))
+    ids = {value} if isinstance(value, int) else {int(token) for token in value}
+    return tuple(sorted(token for token in ids if token >= 0))  # some configs say -1 for none
 
 
 def num_token_ids(model: PreTrainedModel) -> int:

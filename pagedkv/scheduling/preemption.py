@@ -10,10 +10,10 @@ from pagedkv.scheduling.waiting import candidate_of
 
 
 def choose_victims(manager: KVCacheManager, running: RunningSet, policy: SchedulingPolicy) -> list[Branch]:
-    """The fewest branches, worst-ranked first, whose release makes at least one block available; empty when there are none.
+    """The fewest branches, worst-ranked first, whose release makes at least one block available, or at least one less needed.
 
-    Never chosen: branches of the oldest running request, as long as any other can make room; its oldest branch, ever.
-    Branches that share all their blocks free nothing alone, so they go together.
+    Never chosen: branches of the oldest running request, as long as any other can make room; its oldest branch, ever. Empty when it runs
+    alone. Branches that share all their blocks with each other free nothing alone, so they go together.
 
     Cost: O(running + blocks that the victims hold), in Python: preemption is an event.
     """
@@ -26,4 +26,6 @@ def choose_victims(manager: KVCacheManager, running: RunningSet, policy: Schedul
             victims = pool[:count]
             if manager.num_exclusive_blocks([branch.seq for branch in victims]):
                 return victims
-    return []
+    # All others share every block with the oldest, as twins do. The last of them frees none, but needs none in this step any more either.
+    rivals = others or siblings
+    return [max(rivals, key=lambda branch: (policy.rank(candidate_of(branch)), branch.index))] if rivals else []

@@ -1,8 +1,8 @@
 """Which branch computes which tokens in the next step, and what becomes of it after.
 
 Owns queues, status, budgets and the liveness promise: what can never fit is refused when it is submitted; the oldest running request is
-never preempted; every preemption frees a block; preemptions of one request are bounded; waiting requests hold no blocks. Does not own
-blocks (``KVCacheManager``) and does not choose tokens.
+never preempted; every preemption frees a block, or leaves one less needed; preemptions of one request are bounded; waiting requests hold no
+blocks. Does not own blocks (``KVCacheManager``) and does not choose tokens.
 """
 
 from __future__ import annotations
@@ -362,7 +362,13 @@ class Scheduler:
     def _give_up_oldest(self, needed: int) -> None:
         """End the oldest running branch: it has all blocks that can be had, so only pinned prefixes can be in its way."""
         branch = min(self._running.branches, key=_age)
-        change = f"{self.manager.statistics().num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
+        num_pins = self.manager.statistics().num_pins
+        if not num_pins:
+            raise InvariantError(
+                f"request {branch.request.request_id!r} runs alone, nothing is pinned, and still nothing can be scheduled: "
+                "a branch without a sampled token was not ended with finish(), or this is a bug"
+            )
+        change = f"{num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
         branch.record.error = OutOfBlocksError(needed=needed, available=self.manager.num_available_blocks, change=change)
         self._finish(branch, "error", None)
 

@@ -42,3 +42,11 @@ def blocks_of(manager: KVCacheManager, seq: int, group: int = 0) -> list[int]:
 def cached(manager: KVCacheManager, prompt: list[int], namespace: str = "") -> int:
     """How many tokens of a prompt are findable."""
     return manager.match(prompt, namespace).num_tokens
+
+
+def copies_of(manager: KVCacheManager, seqs: list[int], count: int = 1) -> list[list[int]]:
+    """Extend and complete; returns the copies that had to be made."""
+    extension = manager.extend(seqs, count)
+    manager.complete(seqs)
+    manager.check()
+    return [pair for copies in extension.copies for pair in copies.tolist()]

@@ -121,4 +121,4 @@ def test_manager_state_machine_agrees_with_reference() -> None:
 
 @pytest.mark.slow
 def test_manager_long_state_machine_agrees_with_reference() -> None:
-    run_state_machine_as_test(ManagerMachine, settings=settings(COMMON, max_examples=2000, stateful_step_count=80))
+    run_state_machine_as_test(ManagerMachine, settings=settings(COMMON, max_examples=500, stateful_step_count=60))

@@ -86,3 +86,21 @@ def test_pools_of_every_size_give_the_same_tokens(name: str, block_size: int, or
         preempted.append(engine.statistics().num_preemptions)
     assert preempted[0] > 0
     assert preempted[-1] == 0
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_twins_that_share_every_block_and_need_one_more_each_take_turns(name: str, oracle_of: Callable[[str], Oracle]) -> None:
+    # Both reach the end of their third block in one step, where their twin blocks become one: three blocks are held and one is left.
+    # Preempting either frees nothing, as the other holds the same blocks; but it needs none any more.
+    oracle = oracle_of(name)
+    prompt = oracle.family[2]
+    assert len(prompt) == 9
+    engine = new_engine(oracle, 4, 5, max_num_batched_tokens=8, watermark=0.0)
+    for twin in ("one", "two"):
+        engine.add_request(twin, prompt, greedy(max_tokens=7))
+    ended = run_all(engine)
+    for twin in ("one", "two"):
+        where = f"{name}, {twin}: {ended[twin].error}"
+        assert_tokens(ended[twin].outputs[0].token_ids, oracle.reference(prompt).token_ids[:7], where=where, prompt=prompt)
+    assert engine.statistics().cache.num_deduplicated > 0, "the twins did not come to share a block"
+    assert engine.statistics().num_preemptions > 0
