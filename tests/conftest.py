@@ -1,16 +1,31 @@
-"""Settings that every test shares: one thread, nothing from the network, long sweeps only when asked for."""
+"""Settings that every test shares: one thread, nothing from the network, and long sweeps that can be cut to a time."""
 
 from __future__ import annotations
 
 import os
+import random
+import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+SWEEP_SEED = 20261122
 
-def pytest_configure() -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sweep-seconds",
+        type=float,
+        default=None,
+        help="run the selected tests in an order drawn from a fixed seed and start no further one after so many seconds",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sweep-seconds") is not None:
+        config.pluginmanager.register(Sweep(config.getoption("--sweep-seconds")), "sweep")
     try:
         import torch
     except ImportError:  # the bookkeeping is tested without it
@@ -18,11 +33,27 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow, unless ``-m`` says what to run."""
-    if config.option.markexpr:
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+class Sweep:
+    """Runs as much of a long sweep as fits into a time; what was left out is counted aloud, and counts as nothing else."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = 0.0
+        self._started = self._selected = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        random.Random(SWEEP_SEED).shuffle(items)
+        self._selected = len(items)
+        self._deadline = time.monotonic() + self._seconds
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if self._started and time.monotonic() > self._deadline:
+            return True
+        self._started += 1
+        return None
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        left = self._selected - self._started
+        terminalreporter.write_line(f"sweep: {self._started} of {self._selected} tests run in {self._seconds:.0f} s, {left} left out")
