@@ -227,7 +227,13 @@ class Engine:
     # Commands.
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, stream: bool = True, priority: int | None = None
+        self,
+        request_id: str,
+        prompt: Prompt | ParsedPrompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = True,
+        priority: int | None = None,
     ) -> None:
         """Submit a prompt.
 
@@ -255,7 +261,7 @@ class Engine:
         self._num_requests += 1
         self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
 
-    def check_request(self, prompt: Prompt, params: SamplingParams) -> ParsedPrompt:
+    def check_request(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
         self._check_open()
         parsed = self._parse(prompt, params)
@@ -421,7 +427,7 @@ class Engine:
         self._token_steps += int(table.num_reserved.sum())
         self._slot_steps += int(table.num_blocks.sum()) * self._runner.block_size
 
-    def _parse(self, prompt: Prompt, params: SamplingParams) -> ParsedPrompt:
+    def _parse(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         (params,) = as_params_list(params, 1)
         parsed = parse_prompt(prompt, tokenizer=self._tokenizer, num_token_ids=self._runner.num_token_ids, max_model_len=self.max_model_len)
         params.check_vocabulary(self._runner.vocab_size)

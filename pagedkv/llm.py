@@ -22,7 +22,7 @@ from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_m
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import ModelRunner, load_model, load_tokenizer
 from pagedkv.outputs import RequestOutput
-from pagedkv.prompts import Prompt, as_params_list, as_prompt_list, parse_prompt
+from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
 from pagedkv.sizing import blocks_for_work, blocks_in_memory, free_memory
@@ -253,31 +253,33 @@ class LLM:
 
     def _work(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[tuple[Prompt, SamplingParams]]:
+    ) -> list[tuple[ParsedPrompt, SamplingParams]]:
         """Pair prompts with parameters and check every one, so that nothing is started when one is wrong."""
         if self._closed:
             raise ClosedError("the LLM is closed")
         several = as_prompt_list(prompts)
         if not several:
             raise InvalidRequestError("the list of prompts is empty")
-        work = list(zip(several, as_params_list(sampling_params, len(several)), strict=True))
+        parsed = [self._parse(prompt) for prompt in several]  # once: what follows takes the token ids
+        work = list(zip(parsed, as_params_list(sampling_params, len(several)), strict=True))
         if self._fixed_blocks is None:
             self._size_pool(work)
         for prompt, wanted in work:
             self.engine.check_request(prompt, wanted)
         return work
 
-    def _size_pool(self, work: list[tuple[Prompt, SamplingParams]]) -> None:
+    def _parse(self, prompt: Prompt) -> ParsedPrompt:
+        num_token_ids = self._runner.num_token_ids
+        return parse_prompt(prompt, tokenizer=self._tokenizer, num_token_ids=num_token_ids, max_model_len=self._max_model_len)
+
+    def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
         """Make the pool as large as this work can use, unless it is already, or is in use.
 
         A larger pool is a new one: what the old one had cached is gone.
         """
         lengths = []
         for prompt, params in work:
-            parsed = parse_prompt(
-                prompt, tokenizer=self._tokenizer, num_token_ids=self._runner.num_token_ids, max_model_len=self._max_model_len
-            )
-            tokens = len(parsed.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
+            tokens = len(prompt.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
             lengths.append((min(tokens, self._max_model_len), params.n))
         size, limits = self._runner.block_size, self._limits
         wanted = blocks_for_work(lengths, block_size=size, max_running=limits.max_running, watermark=limits.watermark)
@@ -296,7 +298,7 @@ class LLM:
             self._engine = None  # should the larger pool be refused, the next work starts afresh
         self._engine = self._new_engine(blocks)
 
-    def _run(self, work: list[tuple[Prompt, SamplingParams]], *, stream: bool) -> Iterator[RequestOutput | None]:
+    def _run(self, work: list[tuple[ParsedPrompt, SamplingParams]], *, stream: bool) -> Iterator[RequestOutput | None]:
         """Submit the work and step until it is done; yields its outputs, and None after each step."""
         engine = self.engine
         mine: dict[str, None] = {}

@@ -48,11 +48,11 @@ class ParsedPrompt:
     priority: int = 0
 
 
-def parse_prompt(prompt: Prompt, *, tokenizer: Encoder | None, num_token_ids: int, max_model_len: int) -> ParsedPrompt:
+def parse_prompt(prompt: Prompt | ParsedPrompt, *, tokenizer: Encoder | None, num_token_ids: int, max_model_len: int) -> ParsedPrompt:
     """Check a prompt and encode it if it is text.
 
     Args:
-        prompt: a text, token ids, or a ``PromptDict``.
+        prompt: a text, token ids, or a ``PromptDict``; or one that was parsed before, which is checked again but not encoded again.
         tokenizer: for texts; None if there is none.
         num_token_ids: ids that the model can read, from 0.
         max_model_len: tokens of prompt and output together; at least one is left for the output.
@@ -61,15 +61,7 @@ def parse_prompt(prompt: Prompt, *, tokenizer: Encoder | None, num_token_ids: in
         InvalidRequestError: names what is wrong, the limit and the setting to change.
     """
     fields = _as_fields(prompt)
-    text = fields.get("prompt")
-    if text is not None:
-        if not isinstance(text, str):
-            raise InvalidRequestError(f"prompt is a {type(text).__name__}: it must be a text")
-        if tokenizer is None:
-            raise InvalidRequestError("the prompt is a text and there is no tokenizer: give token ids, or a tokenizer")
-        ids: object = tokenizer.encode(text)
-    else:
-        ids = fields["prompt_token_ids"]
+    text, ids = (prompt.text, prompt.token_ids) if isinstance(prompt, ParsedPrompt) else _encoded(fields, tokenizer)
     token_ids = _checked_ids(ids, num_token_ids)
     if len(token_ids) >= max_model_len:
         raise InvalidRequestError(
@@ -112,7 +104,9 @@ def as_params_list(params: SamplingParams | Sequence[SamplingParams] | None, cou
     return several
 
 
-def _as_fields(prompt: Prompt) -> Mapping[str, object]:
+def _as_fields(prompt: Prompt | ParsedPrompt) -> Mapping[str, object]:
+    if isinstance(prompt, ParsedPrompt):
+        return {"prompt_token_ids": prompt.token_ids, "cache_salt": prompt.cache_salt, "priority": prompt.priority}
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if not isinstance(prompt, Mapping):
@@ -123,6 +117,18 @@ def _as_fields(prompt: Prompt) -> Mapping[str, object]:
     if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
         raise InvalidRequestError("a prompt dict needs exactly one of prompt and prompt_token_ids")
     return prompt
+
+
+def _encoded(fields: Mapping[str, object], tokenizer: Encoder | None) -> tuple[str | None, object]:
+    """The prompt's text, if it has one, and its token ids as they come."""
+    text = fields.get("prompt")
+    if text is None:
+        return None, fields["prompt_token_ids"]
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"prompt is a {type(text).__name__}: it must be a text")
+    if tokenizer is None:
+        raise InvalidRequestError("the prompt is a text and there is no tokenizer: give token ids, or a tokenizer")
+    return text, tokenizer.encode(text)
 
 
 def _checked_ids(ids: object, num_token_ids: int) -> Int32Array:

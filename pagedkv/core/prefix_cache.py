@@ -27,7 +27,7 @@ class PrefixCache:
         num_blocks: size of the id space.
         block_size: tokens in a block.
 
-    Memory: 24 bytes a block, plus about 200 for each published one at 16 tokens a block (key and map entry).
+    Memory: 24 bytes a block, plus about 160 for each published one at 16 tokens a block (key and map entry).
     """
 
     def __init__(self, num_blocks: int, *, block_size: int) -> None:

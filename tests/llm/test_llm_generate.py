@@ -40,6 +40,19 @@ def test_every_form_of_prompt_gives_the_same_output(llm: LLM, tokenizer: PreTrai
         assert output.outputs[0].token_ids == outputs[0].outputs[0].token_ids
 
 
+def test_texts_of_one_call_are_encoded_once_each(llm: LLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = tokenizer.encode
+
+    def count(text: str) -> list[int]:
+        encoded.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", count)
+    llm.generate(TEXTS, greedy(2), use_tqdm=False)
+    assert encoded == list(TEXTS)
+
+
 def test_token_ids_go_in_and_out_without_a_tokenizer(model: PreTrainedModel) -> None:
     with make_llm(model, None) as llm:
         assert llm.tokenizer is None
