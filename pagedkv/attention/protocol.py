@@ -128,7 +128,7 @@ class AttentionBackend(Protocol):
 def write_step(pool: LayerPool, key: Tensor, value: Tensor, batch: StepBatch) -> None:
     """Store the step's K and V in the slots of the pool's group; what most backends' ``write`` is."""
     group = pool.spec.group
-    _check_step(pool, batch)
+    check_step(pool, batch)
     pool.write(key, value, blocks=batch.slot_blocks[group], offsets=batch.slot_offsets[group])
 
 
@@ -139,7 +139,7 @@ def check_query(query: Tensor, pool: LayerPool, batch: StepBatch, options: Atten
         raise InvalidRequestError(
             f"query {list(query.shape)}: [{tokens}, a multiple of {spec.num_kv_heads}, {spec.key_dim}] is needed for this step and {spec}"
         )
-    _check_step(pool, batch)
+    check_step(pool, batch)
     if query.requires_grad:
         raise InvalidRequestError("query requires a gradient: a K/V cache is for inference, run the model under torch.inference_mode()")
     if query.dtype != pool.dtype:
@@ -149,7 +149,14 @@ def check_query(query: Tensor, pool: LayerPool, batch: StepBatch, options: Atten
             raise InvalidRequestError(f"{name} {list(per_head.shape)}: one value for each of {query.shape[1]} query heads is needed")
 
 
-def _check_step(pool: LayerPool, batch: StepBatch) -> None:
+def check_write(pool: LayerPool, key: Tensor, value: Tensor, batch: StepBatch) -> None:
+    """Raise ``InvalidRequestError`` when K and V do not fit the pool and the step. Reads no device value."""
+    check_step(pool, batch)
+    pool.check_rows(key, value, num_tokens=batch.plan.num_tokens)
+
+
+def check_step(pool: LayerPool, batch: StepBatch) -> None:
+    """Raise ``InvalidRequestError`` when the step is not for this pool."""
     if pool.block_size != batch.block_size or pool.spec.group >= len(batch.slot_blocks):
         raise InvalidRequestError(
             f"the step has {len(batch.slot_blocks)} layer groups and blocks of {batch.block_size} tokens, "

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pagedkv.attention import AttentionBackend, get_backend
+from pagedkv.attention import AttentionBackend, AttentionSpec, get_backend
 from pagedkv.errors import ClosedError, ConfigError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import PackedCall
@@ -20,7 +21,7 @@ from pagedkv.models.context import activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.limits import eos_token_ids, max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers
-from pagedkv.models.probe import ModelShape, probe_model
+from pagedkv.models.probe import probe_model
 from pagedkv.models.refusals import check_model
 from pagedkv.models.selfcheck import SelfCheck, self_check
 from pagedkv.models.step import OptionsTable, PagedStep
@@ -67,8 +68,9 @@ class ModelRunner:
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
         self._call = PackedCall(model)
         shape = probe_model(model, self._call)
-        self._backend = get_backend(backend, device=model.device)
-        _check_backend(self._backend, shape, block_size)
+        specs = [replace(request, block_size=block_size) for request in shape.requests]
+        self._backend = get_backend(backend, device=model.device, specs=specs)
+        _check_backend(self._backend, specs, shape.dtype)
         self._configs = attention_configs(model)
         self._index = {layer: place for place, layer in enumerate(shape.layer_ids)}
         self._carriers = MaskCarriers()
@@ -165,10 +167,10 @@ class ModelRunner:
             )
 
 
-def _check_backend(backend: AttentionBackend, shape: ModelShape, block_size: int) -> None:
-    for request in shape.requests:
-        if request.dtype != shape.dtype:
-            raise UnsupportedModelError(f"queries are {request.dtype} but K/V are stored as {shape.dtype}")
-        reason = backend.supports(replace(request, block_size=block_size))
+def _check_backend(backend: AttentionBackend, specs: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
+    for spec in specs:
+        if spec.dtype != dtype:
+            raise UnsupportedModelError(f"queries are {spec.dtype} but K/V are stored as {dtype}")
+        reason = backend.supports(spec)
         if reason is not None:
-            raise UnsupportedBackendError(f"attention backend {backend.name!r} cannot run this model: {reason} (asked for {request})")
+            raise UnsupportedBackendError(f"attention backend {backend.name!r} cannot run this model: {reason} (asked for {spec})")

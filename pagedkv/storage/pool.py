@@ -100,7 +100,13 @@ class LayerPool:
         Not checked here, because it would wait for the device: the range of ``blocks`` and ``offsets``. ``BatchBuilder``
         checks them on the host, once per step. Cost: two indexed assignments.
         """
-        tokens, spec = blocks.shape[0], self.spec
+        self.check_rows(key, value, num_tokens=blocks.shape[0])
+        self._key_slots.index_put_((blocks, offsets), key)
+        self._value_slots.index_put_((blocks, offsets), value)
+
+    def check_rows(self, key: Tensor, value: Tensor, *, num_tokens: int) -> None:
+        """Raise ``InvalidRequestError`` unless K ``[T, Hkv, Dk]`` and V ``[T, Hkv, Dv]`` of so many tokens can be stored here."""
+        tokens, spec = num_tokens, self.spec
         if key.shape != (tokens, spec.num_kv_heads, spec.key_dim) or value.shape != (tokens, spec.num_kv_heads, spec.value_dim):
             raise InvalidRequestError(
                 f"K {list(key.shape)} and V {list(value.shape)} do not fit {tokens} slots of {spec}: "
@@ -112,8 +118,6 @@ class LayerPool:
             raise InvalidRequestError(
                 "K or V requires a gradient, and a cache is for inference: run the model under torch.inference_mode()"
             )
-        self._key_slots.index_put_((blocks, offsets), key)
-        self._value_slots.index_put_((blocks, offsets), value)
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole blocks; every source is read before any target is written.

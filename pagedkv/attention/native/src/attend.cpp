@@ -1,0 +1,157 @@
+// The C interface of one instruction set's build. No torch, no Python: addresses, strides and numbers in, a status out.
+#include <atomic>
+#include <new>
+
+#include "work.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int64_t SERIAL_COST = 20000;  // below so much work, waking other threads costs more than it gives
+
+template <class T>
+void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_rows, Sums sums) {
+  const int group = step.group();
+  for (int r = 0; r < num_rows; r++) {
+    const int row = first_row + r, head = kv_head * group + row % group;
+    float total = sums.sum[r], factor = 1;
+    if (step.sinks) {
+      const float sink = step.sinks[head] * LOG2E, most = sink > sums.most[r] ? sink : sums.most[r];
+      factor = exp2(splat(sums.most[r] - most))[0];
+      total = total * factor + exp2(splat(sink - most))[0];
+    }
+    factor /= total;
+    T* out = (T*)step.output + (step.cu_seqlens_q[seq] + row / group) * step.output_stride[0] + head * step.output_stride[1];
+    const float* value = sums.value + (size_t)r * sums.stride;
+    for (int d = 0; d < step.value_dim; d += LANES) {
+      const Floats x = load(value + d) * splat(factor);
+      if (d + LANES <= step.value_dim) store(out + d, x);
+      else store_part(out + d, x, step.value_dim - d);
+    }
+  }
+}
+
+INLINE Sums sums_at(const Step& step, float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows, sums_stride(step)}; }
+
+template <class T>
+void run_item(const Step& step, const Item& item, float* scratch, float* partials, int64_t partial_rows) {
+  const size_t head = partial_floats(step, TILE_ROWS);
+  float* place = item.partial < 0 ? scratch : partials + partial_floats(step, partial_rows) * item.partial;
+  const Sums sums = sums_at(step, place, item.num_rows);
+  if (item.tiled) attend_tiles<T>(step, item, scratch + head, sums);
+  else attend_rows<T>(step, item, scratch + head, sums);
+  if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, sums);
+}
+
+template <class T>
+void run_merge(const Step& step, const Merge& merge, float* partials, int64_t partial_rows) {
+  const size_t size = partial_floats(step, partial_rows);
+  const Sums into = sums_at(step, partials + size * merge.first_partial, merge.num_rows);
+  for (int p = 1; p < merge.num_partials; p++) {
+    const Sums more = sums_at(step, partials + size * (merge.first_partial + p), merge.num_rows);
+    for (int r = 0; r < merge.num_rows; r++) {
+      const float most = into.most[r] > more.most[r] ? into.most[r] : more.most[r];
+      if (most == MINUS_INFINITY) continue;
+      const float a = exp2(splat(into.most[r] - most))[0], b = exp2(splat(more.most[r] - most))[0];
+      into.sum[r] = into.sum[r] * a + more.sum[r] * b;
+      into.most[r] = most;
+      float *x = into.value + (size_t)r * into.stride, *y = more.value + (size_t)r * into.stride;
+      for (int d = 0; d < into.stride; d += LANES) store(x + d, fma(load(y + d), splat(b), load(x + d) * splat(a)));
+    }
+  }
+  write_rows<T>(step, merge.seq, merge.kv_head, 0, merge.num_rows, into);
+}
+
+size_t thread_floats(const Step& step) {
+  const size_t rows = row_scratch(step) / sizeof(float) + 1;
+  return (partial_floats(step, TILE_ROWS) + std::max(rows, TileScratch::floats(step)) + 64) / 16 * 16;
+}
+
+template <class T>
+void run(const Step& step, const Item* items, int64_t num_items, const Merge* merges, int64_t num_merges, int64_t num_partials, int64_t partial_rows,
+         float* scratch, int num_threads) {
+  float* partials = scratch;
+  float* own = scratch + (partial_floats(step, partial_rows) * num_partials + 15) / 16 * 16;
+  const size_t size = thread_floats(step);
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_items && total < SERIAL_COST; i++) total += cost(items[i]) * step.key_dim / 64;
+  if (total < SERIAL_COST) num_threads = 1;
+#pragma omp parallel num_threads(num_threads)
+  {
+#if defined(_OPENMP)
+    float* mine = own + size * omp_get_thread_num();
+#else
+    float* mine = own;
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_items; i++) run_item<T>(step, items[i], mine, partials, partial_rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_merges; i++) run_merge<T>(step, merges[i], partials, partial_rows);
+  }
+  (void)size;
+}
+
+struct Rows {
+  const void *key, *value;
+  void *key_pool, *value_pool;
+  const int64_t *blocks, *offsets;
+  int64_t key_stride[2], value_stride[2];            // token, head
+  int64_t key_pool_stride[3], value_pool_stride[3];  // block, head, token
+  int64_t num_tokens;
+  int32_t num_kv_heads, key_nbytes, value_nbytes, item_nbytes;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Changes whenever a struct or a function here does: a library that is left over from another version is not used.
+int32_t pagedkv_abi() { return 1; }
+int32_t pagedkv_lanes() { return LANES; }
+int32_t pagedkv_step_nbytes() { return sizeof(Step); }
+int32_t pagedkv_rows_nbytes() { return sizeof(Rows); }
+
+// Counts into ``counts``: items, merges, partial sums, rows of a partial sum; fills ``items`` and ``merges`` where they are given.
+void pagedkv_plan(const Step* step, Item* items, Merge* merges, int64_t* counts) {
+  WorkList work;
+  work.items = items;
+  work.merges = merges;
+  cut_step(work, *step);
+  counts[0] = work.num_items;
+  counts[1] = work.num_merges;
+  counts[2] = work.num_partials;
+  counts[3] = work.partial_rows;
+}
+
+int64_t pagedkv_scratch_nbytes(const Step* step, const int64_t* counts, int32_t num_threads) {
+  const size_t partials = (partial_floats(*step, counts[3]) * counts[2] + 15) / 16 * 16;
+  return (partials + thread_floats(*step) * num_threads) * sizeof(float);
+}
+
+// Returns 0, or 1 for a dtype that this build does not know.
+int32_t pagedkv_attend(const Step* step, const Item* items, const Merge* merges, const int64_t* counts, void* scratch, int32_t num_threads) {
+  switch (step->dtype) {
+    case FLOAT32: run<float>(*step, items, counts[0], merges, counts[1], counts[2], counts[3], (float*)scratch, num_threads); return 0;
+    case BFLOAT16: run<bfloat16>(*step, items, counts[0], merges, counts[1], counts[2], counts[3], (float*)scratch, num_threads); return 0;
+    case FLOAT16: run<float16>(*step, items, counts[0], merges, counts[1], counts[2], counts[3], (float*)scratch, num_threads); return 0;
+  }
+  return 1;
+}
+
+// Copies the K and V of some tokens to their slots.
+void pagedkv_write(const Rows* rows) {
+  const Rows r = *rows;
+  for (int64_t t = 0; t < r.num_tokens; t++)
+    for (int h = 0; h < r.num_kv_heads; h++) {
+      const int64_t block = r.blocks[t], offset = r.offsets[t];
+      memcpy((char*)r.key_pool + (block * r.key_pool_stride[0] + h * r.key_pool_stride[1] + offset * r.key_pool_stride[2]) * r.item_nbytes,
+             (const char*)r.key + (t * r.key_stride[0] + h * r.key_stride[1]) * r.item_nbytes, r.key_nbytes);
+      memcpy((char*)r.value_pool + (block * r.value_pool_stride[0] + h * r.value_pool_stride[1] + offset * r.value_pool_stride[2]) * r.item_nbytes,
+             (const char*)r.value + (t * r.value_stride[0] + h * r.value_stride[1]) * r.item_nbytes, r.value_nbytes);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,188 @@
+// One register of float lanes, whatever the instruction set: arithmetic, conversions, exp2, tanh and sums.
+//
+// The width follows the flags that the file is compiled with: 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, NEON, anything that the
+// compiler lowers to). -DPAGEDKV_LANES=n forces another width, which the compiler then makes from narrower registers: so the 16-lane code
+// can be tested on a machine without AVX-512.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(PAGEDKV_LANES)
+#define LANES PAGEDKV_LANES
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+INLINE Floats splat(float x) { return x - Floats{}; }  // folded to a broadcast; x + 0 would not be, for the sake of -0
+
+INLINE Floats load(const float* p) {
+  Floats r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+
+INLINE Floats load(const bfloat16* p) {
+  Halves h;
+  memcpy(&h, p, sizeof h);
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+INLINE Floats load(const float16* p) {
+#if defined(__AVX512F__) && LANES == 16
+  __m256i h;
+  memcpy(&h, p, sizeof h);
+  return (Floats)_mm512_cvtph_ps(h);
+#elif defined(__F16C__) && LANES == 8
+  __m128i h;
+  memcpy(&h, p, sizeof h);
+  return (Floats)_mm256_cvtph_ps(h);
+#else
+  // The exponent is moved to float32's place and rebased by a multiplication, which also makes subnormal numbers right.
+  Halves h;
+  memcpy(&h, p, sizeof h);
+  Words w = __builtin_convertvector(h, Words), sign = (w & 0x8000) << 16, magnitude = w & 0x7fff;
+  Floats finite = (Floats)(magnitude << 13) * splat(5.192296858534828e33f);  // 2^112
+  Words special = (Words)(magnitude >= 0x7c00);
+  Words bits = (special & ((magnitude << 13) | 0x7f800000u)) | (~special & (Words)finite);
+  return (Floats)(bits | sign);
+#endif
+}
+
+INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+
+INLINE void store(bfloat16* p, Floats v) {
+  Words u = (Words)v, nan = (Words)(v != v);
+  u = (nan & 0x7fc00000u) | (~nan & (u + 0x7fff + ((u >> 16) & 1)));  // to nearest, ties to even; a NaN stays one
+  Halves h = __builtin_convertvector(u >> 16, Halves);
+  memcpy(p, &h, sizeof h);
+}
+
+INLINE void store(float16* p, Floats v) {
+#if defined(__AVX512F__) && LANES == 16
+  __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  memcpy(p, &h, sizeof h);
+#elif defined(__F16C__) && LANES == 8
+  __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(p, &h, sizeof h);
+#else
+  // Adding a number whose last place is float16's last place lets the float unit round; the rest is moving bits.
+  Words u = (Words)v, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  Words nan = (Words)(magnitude > 0x7f800000u), large = (Words)(magnitude >= 0x477ff000u), small = (Words)(magnitude < 0x38800000u);
+  Words subnormal = (Words)((Floats)magnitude + splat(0.5f)) - 0x3f000000u;
+  Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  Words bits = (small & subnormal) | (~small & normal);
+  bits = (large & 0x7c00) | (~large & bits);
+  bits = (nan & 0x7e00) | (~nan & bits);
+  Halves h = __builtin_convertvector(bits | sign, Halves);
+  memcpy(p, &h, sizeof h);
+#endif
+}
+
+// The first ``count`` elements, the other lanes zero; nothing behind them is read or written.
+template <class T>
+INLINE Floats load_part(const T* p, int count) {
+  T some[LANES] = {};
+  memcpy(some, p, count * sizeof(T));
+  return load(some);
+}
+
+template <class T>
+INLINE void store_part(T* p, Floats v, int count) {
+  T some[LANES];
+  store(some, v);
+  memcpy(p, some, count * sizeof(T));
+}
+
+INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // contracted by -ffp-contract=fast
+
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float sum(Floats v) {
+  float some[LANES], total = 0;
+  store(some, v);
+  for (int i = 0; i < LANES; i++) total += some[i];
+  return total;
+}
+
+INLINE float largest(Floats v) {
+  float some[LANES];
+  store(some, v);
+  float most = some[0];
+  for (int i = 1; i < LANES; i++) most = some[i] > most ? some[i] : most;
+  return most;
+}
+
+// The sums of four registers' lanes, side by side.
+INLINE void sum4(const Floats* v, float* out) {
+#if defined(__AVX2__) && (LANES == 8 || LANES == 16)
+  __m256 part[4];
+  for (int i = 0; i < 4; i++) {
+#if LANES == 16
+    __m256 halves[2];
+    memcpy(halves, &v[i], sizeof halves);
+    part[i] = _mm256_add_ps(halves[0], halves[1]);
+#else
+    part[i] = (__m256)v[i];
+#endif
+  }
+  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
+#endif
+}
+
+// 2^x, relative error below 2e-7; below -126 it is exactly 0, so that what is masked away weighs nothing. Polynomial of Cephes (exp2f).
+INLINE Floats exp2(Floats x) {
+  const Floats magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  Floats clamped = larger(x, splat(-126.f));
+  Floats whole = (clamped + magic) - magic, rest = clamped - whole;
+  Floats p = splat(1.535336188319500e-4f);
+  p = fma(p, rest, splat(1.339887440266574e-3f));
+  p = fma(p, rest, splat(9.618437357674640e-3f));
+  p = fma(p, rest, splat(5.550332471162809e-2f));
+  p = fma(p, rest, splat(2.402264791363012e-1f));
+  p = fma(p, rest, splat(6.931472028550421e-1f));
+  p = fma(p, rest, splat(1.f));
+  Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  Ints keep = x >= splat(-126.f);
+  return (Floats)((Ints)(p * (Floats)exponent) & keep);
+}
+
+// tanh(x), absolute error below 2e-7.
+INLINE Floats tanh(Floats x) {
+  const Words sign = (Words)x & 0x80000000u;
+  Floats magnitude = (Floats)((Words)x & 0x7fffffffu);
+  Floats decay = exp2(magnitude * splat(-2.f * LOG2E));
+  Floats result = (splat(1.f) - decay) / (splat(1.f) + decay);
+  return (Floats)((Words)result | sign);
+}
+
+INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }

@@ -1,0 +1,71 @@
+// Which pieces a step is cut into. A cut depends on the sequence alone, never on the number of threads or on what else is in the batch,
+// so results do not either.
+#pragma once
+
+#include <algorithm>
+
+#include "rows.h"
+#include "tiles.h"
+
+constexpr int MOST_ROWS = 16;  // of a decode: with larger groups the tile kernel is faster, packing included
+
+INLINE int sums_stride(const Step& step) { return round_up(step.value_dim, PANEL); }
+INLINE size_t partial_floats(const Step& step, int rows) { return (size_t)rows * (sums_stride(step) + 2); }
+
+// Takes what is cut. Without room it only counts.
+struct WorkList {
+  Item* items = nullptr;
+  Merge* merges = nullptr;
+  int64_t num_items = 0, num_merges = 0, num_partials = 0, partial_rows = 1;
+
+  void add(const Item& item) {
+    if (items) items[num_items] = item;
+    num_items++;
+  }
+  void add(const Merge& merge) {
+    if (merges) merges[num_merges] = merge;
+    num_merges++;
+  }
+};
+
+// One run of rows over positions [low, high), cut at multiples of ``part``.
+INLINE void cut_positions(WorkList& work, Item item, int part) {
+  const int low = item.low, high = item.high, first = low / part, last = (high - 1) / part;
+  if (first == last) {
+    work.add(item);
+    return;
+  }
+  work.add(Merge{item.seq, item.kv_head, item.num_rows, (int32_t)work.num_partials, last - first + 1, {}});
+  work.partial_rows = std::max<int64_t>(work.partial_rows, item.num_rows);
+  for (int p = first; p <= last; p++) {
+    item.low = std::max(low, p * part);
+    item.high = std::min(high, (p + 1) * part);
+    item.partial = (int32_t)work.num_partials++;
+    work.add(item);
+  }
+}
+
+static void cut_sequence(WorkList& work, const Step& step, int seq) {
+  const int queries = step.num_queries(seq), length = step.seq_lens[seq], rows = queries * step.group();
+  if (queries < 1) return;
+  const bool tiled = queries > 1 || step.group() > MOST_ROWS || step.batch_invariant;
+  // Rows of one tile belong to whole queries where they can, so that a tile's positions end early.
+  const int most = !tiled ? rows : step.group() > TILE_ROWS ? TILE_ROWS : TILE_ROWS / step.group() * step.group();
+  for (int head = 0; head < step.num_kv_heads; head++)
+    for (int first = 0; first < rows; first += most) {
+      const int count = std::min(most, rows - first);
+      const int query = first / step.group(), last = (first + count - 1) / step.group();
+      Item item = {seq, head, first, count, step.first_visible(length - queries + query), length - queries + last + 1, -1, tiled};
+      if (rows > most || step.batch_invariant) work.add(item);
+      else cut_positions(work, item, tiled ? TILED_PART : PART);
+    }
+}
+
+INLINE int64_t cost(const Item& item) { return (int64_t)(item.high - item.low) * (item.tiled ? std::max(item.num_rows, 24) : 12 + item.num_rows); }
+
+static void cut_step(WorkList& work, const Step& step) {
+  for (int seq = 0; seq < step.num_seqs; seq++) cut_sequence(work, step, seq);
+  // The longest first: what is begun last is short, and the threads end together.
+  if (work.items)
+    std::stable_sort(work.items, work.items + work.num_items, [](const Item& a, const Item& b) { return cost(a) > cost(b); });
+}
