@@ -1,0 +1,261 @@
+"""The native kernel: every build that runs here against dense attention; what a result may not depend on; libraries that are no good."""
+
+from __future__ import annotations
+
+import _ctypes
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import Case, Geometry, Variant, dense_attention, make_case, random_lengths
+
+from pagedkv.attention import AttendOptions, AttentionSpec, Mask, get_backend
+from pagedkv.attention.cpu_backend import CpuBackend
+from pagedkv.attention.native import library
+from pagedkv.attention.native.library import BUILDS, load_library
+from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendError
+from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
+from pagedkv.testing.plans import make_plan
+
+RUNNABLE = [build.name for build in BUILDS if load_library(build.name).library is not None]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CASES_PER_BUILD = 520
+CASES_PER_TEST = 40
+
+pytestmark = pytest.mark.skipif(not RUNNABLE, reason=f"no build of the kernel runs here: {load_library().reasons}")
+
+
+def draw(generator: torch.Generator, *choices: object) -> object:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def random_case(generator: torch.Generator) -> tuple[Case, AttendOptions, str]:
+    """A step of any geometry and variant that the kernel claims to run."""
+    group = draw(generator, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32)
+    dims = draw(generator, 8, 16, 20, 24, 33, 64, 72, 80, 96, 112, 128, 192, 256)
+    value_dim = draw(generator, dims, dims, dims, 8, 40, 64)
+    dtype = draw(generator, torch.float32, torch.float32, torch.bfloat16, torch.float16)
+    heads = draw(generator, 1, 2, 3)
+    geometry = Geometry(heads, group, dims, value_dim, draw(generator, 1, 3, 4, 16, 32, 256), dtype)  # type: ignore[arg-type]
+    size = draw(generator, 1, 5, 17, 64, 300)
+    mask = draw(generator, Mask.causal(), Mask.causal(), Mask.sliding(size), Mask.chunked(size))  # type: ignore[arg-type]
+    variant = Variant(
+        mask,  # type: ignore[arg-type]
+        softcap=draw(generator, None, None, 3.0, 50.0),  # type: ignore[arg-type]
+        sinks=bool(draw(generator, False, False, True)),
+        alibi=bool(draw(generator, False, False, True)),
+        scale=draw(generator, None, None, 0.3 if int(dims) <= 64 else None),  # type: ignore[arg-type, call-overload]
+    )
+    # Wide layers get short sequences: it is the dense attention that takes the time.
+    longest = min(int(draw(generator, 20, 70, 280, 600)), 20 + 600_000 // (int(heads) * int(group) * int(dims)))  # type: ignore[call-overload]
+    query_lens, seq_lens = random_lengths(
+        generator,
+        decodes=int(draw(generator, 0, 1, 4, 9)),
+        chunks=int(draw(generator, 1, 2)),
+        longest=longest,  # type: ignore[call-overload]
+    )
+    drop = variant.mask if draw(generator, False, True) else None
+    case = make_case(geometry, query_lens, seq_lens=seq_lens, generator=generator, drop_behind=drop)
+    options = variant.options(geometry, generator, torch.device("cpu"))
+    return case, options, f"{geometry}, {variant}, {query_lens} of {seq_lens}"
+
+
+@pytest.mark.parametrize("build", RUNNABLE)
+@pytest.mark.parametrize("first", range(0, CASES_PER_BUILD, CASES_PER_TEST))
+def test_attend_random_steps_match_dense_attention(build: str, first: int) -> None:
+    backend = CpuBackend(build=build)
+    for seed in range(first, first + CASES_PER_TEST):
+        case, options, said = random_case(torch.Generator().manual_seed(seed))
+        actual, expected = case.attend(backend, options), dense_attention(case, options)
+        tolerance = TOLERANCE[case.geometry.dtype]
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda text, s=seed, w=said: f"seed {s}, {build}, {w}\n{text}"
+        )
+
+
+@pytest.mark.parametrize("build", RUNNABLE)
+@pytest.mark.parametrize("group", [1, 16, 128])
+def test_attend_latent_heads_of_unequal_width_match_dense_attention(build: str, group: int) -> None:
+    generator = torch.Generator().manual_seed(group)
+    geometry = Geometry(num_kv_heads=1, group=group, key_dim=576, value_dim=512, block_size=16)
+    case = make_case(geometry, [1, 1, 40], seq_lens=[9, 2100, 70], generator=generator)
+    options = AttendOptions(Mask.causal(), 576**-0.5)
+    torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attend_more_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    geometry = Geometry(3, 3, 64, 64, 16, dtype)
+    case = make_case(geometry, [1, 1, 1, 1, 90, 200], seq_lens=[3000, 700, 40, 1, 90, 900], generator=generator)
+    options = AttendOptions(Mask.causal(), 0.125)
+    expected = case.attend(CpuBackend(num_threads=1), options)
+    for threads in (2, 3, 16):  # more than there are cores, too
+        assert torch.equal(case.attend(CpuBackend(num_threads=threads), options), expected), f"{threads} threads"
+
+
+def test_attend_beside_other_sequences_gives_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(5)
+    query_lens, seq_lens = [1, 1, 70, 1], [1500, 300, 400, 20]
+    case = make_case(Geometry(2, 3, 64, 64, 16), query_lens, seq_lens=seq_lens, generator=generator)
+    options = AttendOptions(Mask.sliding(900), 0.125)
+    together = case.attend(backend := CpuBackend(), options)
+    for seq, start in enumerate(case.batch.plan.cu_seqlens_q[:-1].tolist()):
+        tokens = slice(start, start + query_lens[seq])
+        tables = case.batch.plan.block_tables[:, seq : seq + 1]
+        batch = BatchBuilder("cpu", 16).build(
+            make_plan(query_lens[seq : seq + 1], seq_lens[seq : seq + 1], block_tables=tables[0], block_size=16)
+        )
+        alone = backend.attend(case.query[tokens], case.storage.layers[0], backend.plan(batch), options)
+        assert torch.equal(alone, together[tokens]), f"sequence {seq}"
+
+
+@pytest.mark.parametrize("mask", [Mask.causal(), Mask.sliding(150), Mask.chunked(100)], ids=str)
+def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(mask: Mask) -> None:
+    generator = torch.Generator().manual_seed(6)
+    length, geometry = 333, Geometry(2, 3, 64, 64, 16)
+    case = make_case(geometry, [length], seq_lens=[length], generator=generator)
+    options, backend = AttendOptions(mask, 0.125), CpuBackend(batch_invariant=True)
+    whole = case.attend(backend, options)
+    tables = case.batch.plan.block_tables[0]
+    for cut in (1, 7, 16, 100, 128):
+        for low in range(0, length, cut) if cut > 1 else range(length - 20, length):
+            high = min(low + cut, length)
+            batch = BatchBuilder("cpu", 16).build(make_plan([high - low], [high], block_tables=tables, block_size=16))
+            part = backend.attend(case.query[low:high], case.storage.layers[0], backend.plan(batch), options)
+            assert torch.equal(part, whole[low:high]), f"cut {cut}, positions {low} to {high}"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_attend_poison_in_slots_that_nobody_sees_changes_no_bit(poison: float) -> None:
+    generator = torch.Generator().manual_seed(9)
+    query_lens, seq_lens = random_lengths(generator, decodes=6, chunks=3, longest=100)
+    case = make_case(Geometry(2, 3, 32, 32, 16), query_lens, seq_lens=seq_lens, generator=generator)
+    backend, options = CpuBackend(), AttendOptions(Mask.causal(), 0.2)
+    expected = case.attend(backend, options)
+    pool = case.storage.layers[0]
+    used = torch.zeros(pool.num_blocks * 16, dtype=torch.bool)
+    for row, length in enumerate(seq_lens):
+        positions = torch.arange(length)
+        used[torch.from_numpy(case.batch.plan.block_tables[0, row]).long()[positions // 16] * 16 + positions % 16] = True
+    for block, offset in (~used).nonzero().squeeze(1).unsqueeze(1).expand(-1, 2).tolist():
+        pool.key[block // 16, :, offset % 16] = poison
+        pool.value[block // 16, :, offset % 16] = poison
+    assert torch.equal(case.attend(backend, options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_write_strided_rows_stores_what_the_pool_itself_would(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    storages = [KVStorage([LayerSpec(2, 8, 12)], num_blocks=9, block_size=4, dtype=dtype, device="cpu") for _ in range(2)]
+    batch = BatchBuilder("cpu", 4).build(make_plan([5, 1], [5, 9], block_tables=torch.tensor([[3, 5, 0], [8, 1, 2]]).numpy(), block_size=4))
+    key = torch.randn(2, 6, 16, generator=generator).to(dtype).transpose(0, 1)[..., ::2]
+    value = torch.randn(2, 6, 12, generator=generator).to(dtype).transpose(0, 1)
+    for storage, backend in zip(storages, (CpuBackend(), get_backend("torch", device="cpu")), strict=True):
+        backend.write(storage.layers[0], key, value, backend.plan(batch))
+    assert torch.equal(storages[0].layers[0].key, storages[1].layers[0].key)
+    assert torch.equal(storages[0].layers[0].value, storages[1].layers[0].value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (torch.zeros(1, 2, 16), torch.zeros(2, 2, 16), "do not fit 1 slots"),
+        (torch.zeros(1, 2, 15), torch.zeros(1, 2, 16), "do not fit 1 slots"),
+        (torch.zeros(1, 2, 16, dtype=torch.float16), torch.zeros(1, 2, 16), "the pool stores"),
+        (torch.zeros(1, 2, 16, requires_grad=True), torch.zeros(1, 2, 16), "gradient"),
+    ],
+)
+def test_write_wrong_input_is_refused_by_name(key: torch.Tensor, value: torch.Tensor, words: str) -> None:
+    case = make_case(Geometry(), [1], seq_lens=[5], generator=torch.Generator().manual_seed(0))
+    backend = CpuBackend()
+    with pytest.raises(InvalidRequestError, match=words):
+        backend.write(case.storage.layers[0], key, value, backend.plan(case.batch))
+
+
+def test_attend_float64_pool_is_refused_by_name() -> None:
+    case = make_case(Geometry(dtype=torch.float64), [1], seq_lens=[5], generator=torch.Generator().manual_seed(0))
+    backend = CpuBackend()
+    with pytest.raises(InvalidRequestError, match="float64"):
+        backend.attend(case.query, case.storage.layers[0], backend.plan(case.batch), AttendOptions(Mask.causal(), 0.25))
+
+
+def test_attend_step_of_another_backend_is_refused() -> None:
+    case = make_case(Geometry(), [1], seq_lens=[5], generator=torch.Generator().manual_seed(0))
+    step = get_backend("reference", device="cpu").plan(case.batch)
+    with pytest.raises(InvalidRequestError, match="another backend"):
+        CpuBackend().attend(case.query, case.storage.layers[0], step, AttendOptions(Mask.causal(), 0.25))
+
+
+def test_get_backend_auto_passes_over_the_kernel_for_what_it_does_not_know() -> None:
+    spec = AttentionSpec(4, 2, 8, 8, block_size=4, dtype=torch.float64, device_type="cpu", mask=Mask.causal())
+    assert get_backend("auto", device="cpu", specs=[spec]).name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"device_type": "cuda"}, "runs on the CPU"),
+        ({"key_dim": 2048}, "1024"),
+        ({"num_heads": 5}, "multiple"),
+    ],
+)
+def test_supports_what_it_cannot_run_says_why(change: dict[str, object], words: str) -> None:
+    fields: dict[str, object] = {"num_heads": 4, "num_kv_heads": 2, "key_dim": 8, "value_dim": 8, "block_size": 4}
+    fields |= {"dtype": torch.float32, "device_type": "cpu", "mask": Mask.causal(), **change}
+    assert words in (CpuBackend().supports(AttentionSpec(**fields)) or "")  # type: ignore[arg-type]
+
+
+def test_backend_no_thread_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_threads is 0"):
+        CpuBackend(num_threads=0)
+
+
+def test_load_library_corrupt_missing_or_foreign_says_why_and_auto_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    assert all("was not built" in reason or "lacks" in reason or "not for" in reason for reason in load_library().reasons)
+    for build in BUILDS:
+        build.path.write_bytes(b"no library")
+    loaded = load_library()
+    assert loaded.library is None
+    assert any("cannot be loaded" in reason for reason in loaded.reasons)
+    with pytest.raises(UnsupportedBackendError, match="portable: cannot be loaded"):
+        CpuBackend()
+    assert get_backend("auto", device="cpu").name == "torch"
+    (tmp_path / "libpagedkv_portable.so").unlink()
+    shutil.copy(_ctypes.__file__, tmp_path / "libpagedkv_portable.so")  # a library, but not ours
+    assert "reinstall" in load_library("portable").reasons[0]
+
+
+def test_load_library_processor_without_the_instructions_takes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"sse2"}))
+    loaded = load_library()
+    assert loaded.library is None or loaded.library.build.name == "portable"
+    assert any("lacks" in reason for reason in loaded.reasons)
+
+
+def test_load_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_ABI", library._ABI + 1)
+    assert "another version" in load_library(RUNNABLE[0]).reasons[0]
+
+
+def test_load_library_unknown_build_lists_those_there_are() -> None:
+    assert "avx2" in load_library("mmx").reasons[0]
+
+
+@pytest.mark.slow
+def test_attend_pool_beyond_int32_elements_reads_the_right_block() -> None:
+    """4.3 GB of zeros, of which the system hands out only the pages that are touched."""
+    num_blocks = 2**31 // (2 * 8 * 16 * 128) + 16
+    storage = KVStorage([LayerSpec(8, 128, 128)], num_blocks=num_blocks, block_size=16, dtype=torch.bfloat16, device="cpu")
+    tables = torch.tensor([[num_blocks - 1, num_blocks - 2, 1]]).numpy()
+    backend, oracle = CpuBackend(), get_backend("reference", device="cpu")
+    batch = BatchBuilder("cpu", 16).build(make_plan([40], [40], block_tables=tables, block_size=16))
+    generator = torch.Generator().manual_seed(1)
+    pool, options = storage.layers[0], AttendOptions(Mask.causal(), 0.1)
+    key, value, query = (torch.randn(40, heads, 128, generator=generator).bfloat16() for heads in (8, 8, 16))
+    backend.write(pool, key, value, backend.plan(batch))
+    actual = backend.attend(query, pool, backend.plan(batch), options)
+    torch.testing.assert_close(actual, oracle.attend(query, pool, oracle.plan(batch), options), rtol=3e-2, atol=3e-2)
