@@ -43,6 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "simulate": TOP - {"llm"},
     "serving": TOP,
     "cli": TOP | {"observe", "serving", "simulate", "testing"},
+    "__main__": {"cli"},
+    "_build": set(),  # runs while the package is installed, when nothing that it needs may be there yet
 }
 
 # Third parties, each with the only places that may import it.

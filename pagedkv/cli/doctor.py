@@ -1,0 +1,111 @@
+"""What would run here, and why: attention kernels, linear layers, threads; and, given a model, what its self-check says.
+
+It owns the words. What is there is found out by those who would use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+
+from pagedkv.attention import get_backend
+from pagedkv.attention.native.library import BUILDS, load_library
+from pagedkv.models import ModelRunner, load_model, plan_memory, why_not_packable
+from pagedkv.models.loading import parse_dtype
+
+_PACKAGES = ("pagedkv", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the account: what it is about, what was found, and the reasons behind it."""
+
+    subject: str
+    found: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.subject:<24}{self.found}", *(f"{'':<26}{reason}" for reason in self.reasons)])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", nargs="?", help="hub id, folder or .gguf file: load it, run the self-check, say what it takes")
+    parser.add_argument("--dtype", help="of the model's weights and K/V; the checkpoint's own when not given")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in a block")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the account. Raises what loading and checking the model raise."""
+    findings = [*_machine(), *(_model(options) if options.model is not None else [])]
+    if options.json:
+        print(json.dumps({finding.subject: {"found": finding.found, "reasons": list(finding.reasons)} for finding in findings}, indent=1))
+    else:
+        print("\n".join(map(str, findings)))
+    return 0
+
+
+def _machine() -> list[Finding]:
+    loaded = load_library()
+    backend = get_backend("auto", device="cpu")
+    threads = getattr(backend, "num_threads", None)
+    builds = ", ".join(build.name for build in BUILDS if build.path.is_file()) or "none"
+    packing = {name: why_not_packable(dtype) for name in ("float32", "bfloat16") if (dtype := parse_dtype(name)) is not None}
+    return [
+        Finding("versions", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)),
+        Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding(
+            "attention on the CPU",
+            f"backend {backend.name!r}"
+            + (f", build {loaded.library.build.name}" if loaded.library else "")
+            + (f", {threads} threads (torch.set_num_threads changes it)" if threads else ""),
+            (f"libraries here: {builds}", *loaded.reasons),
+        ),
+        *(
+            Finding(f"linear layers, {name}", "repacked weights (oneDNN)" if reason is None else "as the model has them", (reason,) if reason else ())
+            for name, reason in packing.items()
+        ),
+        Finding("attention on CUDA", f"backend {get_backend('auto', device='cuda').name!r}"),
+    ]
+
+
+def _model(options: argparse.Namespace) -> list[Finding]:
+    runner = ModelRunner(load_model(options.model, dtype=options.dtype), block_size=options.block_size)
+    report, packing = runner.report, runner.packing
+    plan = plan_memory(runner.model, block_size=options.block_size)
+    kinds: dict[str, int] = {}
+    for layer in runner.layers:
+        kind = f"{layer.num_kv_heads} K/V heads, K {layer.key_dim} and V {layer.value_dim} wide, group {layer.group}"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    findings = [
+        Finding("model", f"{type(runner.model).__name__}, {runner.dtype} on {runner.device}, attention backend {runner.backend_name!r}"),
+        Finding(
+            "self-check",
+            f"passed: largest logit difference {report.max_relative_error:.1e} of the largest logit, {report.bound:.0e} allowed",
+            (
+                f"sequences of {', '.join(map(str, report.sequence_lens))} tokens in {report.num_steps} steps",
+                *(f"{mask.kind} mask of {mask.size} was crossed" for mask in report.windows),
+                *(f"{mask.kind} mask of {mask.size} is too wide to cross here: its classification is trusted" for mask in report.windows_not_crossed),
+            ),
+        ),
+        Finding("layers", f"{len(runner.layers)} that store K/V", tuple(f"{count} x {kind}" for kind, count in kinds.items())),
+        Finding("K/V", f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}"),
+        Finding(
+            "packed linear layers",
+            f"{len(packing.packed)}, {packing.nbytes:,} bytes beside the model's own weights",
+            (packing.reason,) if packing.reason else (),
+        ),
+    ]
+    runner.close()
+    return findings
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagedkv.attention.native import library
+from pagedkv.cli import main
+from pagedkv.testing.models import tiny_model
+
+
+def test_doctor_says_which_kernel_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    attention = found["attention on the CPU"]
+    loaded = library.load_library().library
+    assert ("build " + loaded.build.name if loaded else "backend 'torch'") in attention["found"]
+    assert found["linear layers, float32"]["found"]
+
+
+def test_doctor_without_a_library_names_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "backend 'torch'" in said
+    assert "reinstall pagedkv from source where a C++ compiler" in said
+
+
+def test_doctor_model_shows_the_self_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "passed" in found["self-check"]["found"]
+    assert "bytes a token" in found["K/V"]["found"]
+
+
+def test_doctor_model_that_is_not_there_ends_with_status_1_and_the_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["doctor", str(tmp_path / "none")]) == 1
+    assert "ConfigError" in capsys.readouterr().err
+
+
+def test_command_unknown_ends_with_status_2() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["cure"])
+    assert ended.value.code == 2
+
+
+def test_module_is_run_by_name() -> None:
+    done = subprocess.run([sys.executable, "-m", "pagedkv", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "doctor" in done.stdout
