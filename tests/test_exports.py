@@ -63,6 +63,7 @@ EXPORTS = {
         "PROCESSOR_OPTIONS",
         "MemoryPlan",
         "ModelRunner",
+        "PackingReport",
         "SelfCheck",
         "build_processors",
         "classify_mask",

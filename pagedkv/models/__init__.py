@@ -5,6 +5,7 @@ from __future__ import annotations
 from pagedkv.models.loading import load_model, load_tokenizer
 from pagedkv.models.masks import classify_mask
 from pagedkv.models.memory import MemoryPlan, plan_memory
+from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.processors import PROCESSOR_OPTIONS, build_processors, split_options
 from pagedkv.models.runner import ModelRunner
 from pagedkv.models.selfcheck import SelfCheck
@@ -13,6 +14,7 @@ __all__ = [
     "PROCESSOR_OPTIONS",
     "MemoryPlan",
     "ModelRunner",
+    "PackingReport",
     "SelfCheck",
     "build_processors",
     "classify_mask",
