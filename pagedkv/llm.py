@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Literal, Protocol, Self, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -21,11 +21,12 @@ from pagedkv.attention import AttentionBackend
 from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import ModelRunner, load_model, load_tokenizer
+from pagedkv.models.memory import free_memory
 from pagedkv.outputs import RequestOutput
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
-from pagedkv.sizing import blocks_for_work, blocks_in_memory, free_memory
+from pagedkv.sizing import blocks_for_work, blocks_in_memory
 
 Message = Mapping[str, object]
 _POLICIES: Mapping[str, Callable[[], SchedulingPolicy]] = {
@@ -62,6 +63,8 @@ class LLM:
         max_model_len: tokens of prompt and output together; the model's positions when not given.
         enable_prefix_caching: whether prefixes are kept and shared.
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
+        pack_linears: whether linear layers on the CPU run with repacked copies of their weights, which take memory beside the model's own;
+            ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
 
@@ -86,6 +89,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         attention_backend: str | AttentionBackend = "auto",
+        pack_linears: bool | Literal["auto"] = "auto",
         scheduling_policy: str | SchedulingPolicy = "fcfs",
         seed: int = 0,
     ) -> None:
@@ -107,7 +111,7 @@ class LLM:
         self._memory_share = memory_share
         loaded = load_model(model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(tokenizer, model=model)
-        self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size)
+        self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears)
         self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
         if kv_cache_memory_bytes is not None:
             num_blocks = blocks_in_memory(kv_cache_memory_bytes, self._nbytes_per_block, setting="kv_cache_memory_bytes")

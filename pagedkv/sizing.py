@@ -5,11 +5,7 @@ Owns no state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
-
-import torch
 
 from pagedkv.errors import ConfigError
 
@@ -26,18 +22,6 @@ def blocks_for_work(lengths: Iterable[tuple[int, int]], *, block_size: int, max_
     each = sorted((-(-tokens // block_size) for tokens, count in lengths for _ in range(min(count, max_running))), reverse=True)
     needed = sum(each[:max_running])
     return int(needed / (1 - watermark)) + 3  # the null block, and the rounding of the watermark
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on a device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def blocks_in_memory(nbytes: int, nbytes_per_block: int, *, setting: str) -> int:

@@ -63,6 +63,7 @@ EXPORTS = {
         "PROCESSOR_OPTIONS",
         "MemoryPlan",
         "ModelRunner",
+        "PackingReport",
         "SelfCheck",
         "build_processors",
         "classify_mask",
@@ -70,6 +71,7 @@ EXPORTS = {
         "load_tokenizer",
         "plan_memory",
         "split_options",
+        "why_not_packable",
     },
     "pagedkv.sampling": {
         "IncrementalDetokenizer",

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     chosen = parser.parse_args(arguments)
     try:
-        return _COMMANDS[chosen.command].run(chosen)
+        status: int = _COMMANDS[chosen.command].run(chosen)
     except PagedKVError as error:
         print(f"pagedkv: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    return status

@@ -66,7 +66,11 @@ def _machine() -> list[Finding]:
             (f"libraries here: {builds}", *loaded.reasons),
         ),
         *(
-            Finding(f"linear layers, {name}", "repacked weights (oneDNN)" if reason is None else "as the model has them", (reason,) if reason else ())
+            Finding(
+                f"linear layers, {name}",
+                "repacked weights (oneDNN)" if reason is None else "as the model has them",
+                (reason,) if reason else (),
+            )
             for name, reason in packing.items()
         ),
         Finding("attention on CUDA", f"backend {get_backend('auto', device='cuda').name!r}"),
@@ -89,7 +93,10 @@ def _model(options: argparse.Namespace) -> list[Finding]:
             (
                 f"sequences of {', '.join(map(str, report.sequence_lens))} tokens in {report.num_steps} steps",
                 *(f"{mask.kind} mask of {mask.size} was crossed" for mask in report.windows),
-                *(f"{mask.kind} mask of {mask.size} is too wide to cross here: its classification is trusted" for mask in report.windows_not_crossed),
+                *(
+                    f"{mask.kind} mask of {mask.size} is too wide to cross here: its classification is trusted"
+                    for mask in report.windows_not_crossed
+                ),
             ),
         ),
         Finding("layers", f"{len(runner.layers)} that store K/V", tuple(f"{count} x {kind}" for kind, count in kinds.items())),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pagedkv.models.linear_products import why_not_packable
 from pagedkv.models.loading import load_model, load_tokenizer
 from pagedkv.models.masks import classify_mask
 from pagedkv.models.memory import MemoryPlan, plan_memory
+from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.processors import PROCESSOR_OPTIONS, build_processors, split_options
 from pagedkv.models.runner import ModelRunner
 from pagedkv.models.selfcheck import SelfCheck
@@ -13,6 +15,7 @@ __all__ = [
     "PROCESSOR_OPTIONS",
     "MemoryPlan",
     "ModelRunner",
+    "PackingReport",
     "SelfCheck",
     "build_processors",
     "classify_mask",
@@ -20,4 +23,5 @@ __all__ = [
     "load_tokenizer",
     "plan_memory",
     "split_options",
+    "why_not_packable",
 ]

@@ -1,4 +1,4 @@
-"""How much memory K/V takes, before anything is allocated.
+"""How much memory K/V takes, before anything is allocated, and how much is free.
 
 Owns the arithmetic and its report. It does not own pools (``pagedkv.storage``); the layers' shapes come from ``probe.py``,
 by a forward on the meta device when there is no model yet.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -116,6 +117,18 @@ def plan_memory(
         max_model_len=max_model_len,
         num_sequences=fits,
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _shape(model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]) -> ModelShape:

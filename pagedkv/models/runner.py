@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from pagedkv.models.context import activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.limits import eos_token_ids, max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers
-from pagedkv.models.probe import probe_model
+from pagedkv.models.packed_linears import PackedLinears, PackingReport
+from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_model
 from pagedkv.models.selfcheck import SelfCheck, self_check
 from pagedkv.models.step import OptionsTable, PagedStep
@@ -37,15 +39,23 @@ class ModelRunner:
 
     Args:
         model: a causal language model in evaluation mode on one device. It is not changed; its attention implementation
-            is switched only while ``forward`` runs, and ordinary calls of the model in between (also from other threads)
-            compute what they did before. Parameters may require gradients: ``forward`` runs under ``no_grad``.
+            is switched, and packed layers are put in place, only while ``forward`` runs, and ordinary calls of the model in
+            between (also from other threads) compute what they did before. Parameters may require gradients: ``forward``
+            runs under ``no_grad``.
         backend: name or object, as ``get_backend`` takes it.
         block_size: tokens per block.
+        pack_linears: whether linear layers run with weights repacked for oneDNN, those that read the same input as one
+            product; on the CPU only. True: all that can be. False: none. ``"auto"``: those large enough to gain, where the
+            copies take at most half of the free memory. The copies stay beside the model's own weights; ``packing`` says
+            how much they take. Weights that are changed between steps are packed again by the next one. Seen are other
+            parameters or storages and all changes that torch counts; of changes in place through ``weight.data``, which it
+            does not, those that touch one of 64 numbers of the layer, as merging an adapter does: to write to a few rows,
+            use ``torch.no_grad()`` instead.
 
     Raises:
         UnsupportedModelError: the model cannot be run exactly; says why.
         UnsupportedBackendError: unknown, or gives its reason against one of the model's layers.
-        ConfigError: the block size is below 1.
+        ConfigError: the block size is below 1, or ``pack_linears`` is True and cannot be done.
 
     Attributes:
         layers: geometry of each layer that stores K/V.
@@ -57,17 +67,26 @@ class ModelRunner:
         eos_token_ids: ascending, possibly none.
         report: what the self-check saw.
 
-    Cost: about 10 short forwards.
+    Cost: about 10 short forwards, and with packed layers a few readings of all weights.
     """
 
-    def __init__(self, model: PreTrainedModel, *, backend: str | AttentionBackend = "auto", block_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        backend: str | AttentionBackend = "auto",
+        block_size: int = 16,
+        pack_linears: bool | Literal["auto"] = "auto",
+    ) -> None:
         if block_size < 1:
             raise ConfigError(f"block_size is {block_size}: at least 1 is needed")
         self._model = check_model(model)
         if model.device.type == "meta":
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
         self._call = PackedCall(model)
-        shape = probe_model(model, self._call)
+        self._linears = PackedLinears(model, pack_linears)
+        with self._linears.recording():
+            shape = probe_model(model, self._call)
         specs = [replace(request, block_size=block_size) for request in shape.requests]
         self._backend = get_backend(backend, device=model.device, specs=specs)
         _check_backend(self._backend, specs, shape.dtype)
@@ -85,12 +104,18 @@ class ModelRunner:
         self.vocab_size = min(shape.vocab_size, self.num_token_ids)
         self.max_positions = max_positions(model.config)
         self.eos_token_ids = eos_token_ids(model)
-        self.report: SelfCheck = self_check(self, self._call, shape)
+        self._linears.pack()
+        self.report: SelfCheck = self._self_check(shape, may_unpack=pack_linears == "auto")
 
     @property
     def backend_name(self) -> str:
         """Name of the attention backend in use."""
         return self._backend.name
+
+    @property
+    def packing(self) -> PackingReport:
+        """Which linear layers run with repacked weights, which do not and why, and what the copies take."""
+        return self._linears.report
 
     @property
     def model(self) -> PreTrainedModel:
@@ -134,7 +159,7 @@ class ModelRunner:
             options=self._options,
             num_tokens=batch.plan.num_tokens,
         )
-        with pointed_at_us(self._configs), activate(step):
+        with pointed_at_us(self._configs), self._linears.in_place(), activate(step):
             logits = self._call(batch.token_ids, batch.positions, cache=CacheFacade(step), logits_indices=batch.logits_indices)
         if not step.complete:
             raise UnsupportedModelError(
@@ -144,8 +169,19 @@ class ModelRunner:
         return logits[:, : self.vocab_size].float()
 
     def close(self) -> None:
-        """End the use of the model, which is as it was. May be called again; ``forward`` raises afterwards."""
+        """End the use of the model, which is as it was, and free packed weights. May be called again; ``forward`` raises afterwards."""
         self._closed = True
+        self._linears.unpack("the model runner is closed")
+
+    def _self_check(self, shape: ModelShape, *, may_unpack: bool) -> SelfCheck:
+        try:
+            return self_check(self, self._call, shape)
+        except Exception as error:
+            # Whatever it was (wrong logits, a view that a part of a merged product does not allow): if it is due to the
+            # packed layers, the model passes without them, and if not, it fails again.
+            if not may_unpack or not self._linears.unpack(f"the self-check failed with it: {error}"):
+                raise
+        return self_check(self, self._call, shape)
 
     def _check_open(self) -> None:
         if self._closed:

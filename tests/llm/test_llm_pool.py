@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pagedkv import LLM, SamplingParams, plan_memory
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PoolAllocationError, RequestTooLargeError, StepError
-from pagedkv.sizing import free_memory
+from pagedkv.models.memory import free_memory
 
 NBYTES_PER_BLOCK = 4 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, elements, bytes
 

@@ -1,0 +1,213 @@
+"""Products with repacked weights: one oneDNN multiplication for one linear layer, or for several that read the same input.
+
+Owns the packed copies, the watch over the weights they were made from, and the product kept between the layers of a group.
+It does not own which layers are packed nor how a model comes to use them (``packed_linears.py``).
+
+The operators are private to torch (its compiler emits them), so nothing is taken for granted: they are looked up, tried per
+dtype, and every packed weight is compared with ``F.linear`` before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
+_CHECKED_ROWS = (1, 3, 17)  # the kernel depends on the number of rows: one, a few, more than a register block
+_SEED = 20260102
+# Largest difference from ``F.linear``, relative to the largest result: orders of addition differ, products do not.
+_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_SAMPLED_PLACES, _SAMPLED_NUMBERS = 4, 16
+
+
+def why_not_packable(dtype: torch.dtype) -> str | None:
+    """The reason why weights of a dtype cannot be packed on this machine with this torch; None when they can.
+
+    Cost: one product of 8 rows.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[no-untyped-call]
+        return "oneDNN is not built into this torch, or is switched off"
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.mkldnn, name)]
+    if missing:
+        return f"torch {torch.__version__} has no operator mkldnn::{missing[0]}"
+    if dtype not in _BOUNDS:
+        return f"oneDNN packs no {dtype}"
+    linear = nn.Linear(16, 8, dtype=dtype, device="cpu")
+    with torch.no_grad():
+        for parameter in linear.parameters():  # from no generator: the global one is the user's
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel(), dtype=dtype).view_as(parameter))
+    return PackedProduct([linear]).reason
+
+
+class PackedProduct:
+    """The products of linear layers that read the same input, as one multiplication with repacked weights.
+
+    Args:
+        linears: of one input size and one dtype on the CPU; several are merged, in the order in which the model calls them.
+
+    Attributes:
+        reason: why the product cannot be used (any more), or None. It is set, never raised: a layer can always do without.
+        nbytes: bytes of the packed copies, without oneDNN's padding.
+
+    Cost: packing reads and writes the weights once and runs 21 rows through them, packed and plain.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = tuple(linears)
+        self.reason: str | None = None
+        self.nbytes = 0
+        self._last = len(self.linears) - 1
+        self._sizes = [linear.out_features for linear in self.linears]
+        self._watched: list[_Watched] = []
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._kept: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        self._multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._pack()
+
+    def result(self, x: Tensor, place: int) -> Tensor | None:
+        """What linear ``place`` makes of ``x``; None when the product cannot be used and the linear must compute by itself.
+
+        In a group, the first call with an input computes for all, and keeps it until every linear has taken its part, which
+        is a view of its own columns. A part is handed out once (its receiver may change it), and only for the very same
+        tensor object at the same version: for anything else all is computed afresh.
+
+        Args:
+            x: ``[..., in_features]``, of the weights' dtype; must not require gradients to be recorded.
+            place: index into ``linears``.
+
+        Returns:
+            ``[..., out_features]`` of that linear; the last dimension is contiguous, the others may not be.
+
+        Not checked: ``x.data`` changed in place between two siblings, which torch does not count.
+        """
+        if self._last == 0 or x.is_inference():  # inference tensors have no version
+            return self._all(x)[place] if self._usable() else None
+        kept = self._kept
+        if kept is None or kept[0] is not x or kept[1] != x._version or place not in kept[2]:
+            if not self._usable():
+                return None
+            # One assignment: another thread that steps another model through this one sees all of it or nothing.
+            self._kept = kept = (x, x._version, dict(enumerate(self._all(x))))
+        part = kept[2].pop(place)
+        if not kept[2]:
+            self._kept = None
+        return part
+
+    def forget(self) -> None:
+        """Drop a product that was kept for a sibling that did not come."""
+        self._kept = None
+
+    def _usable(self) -> bool:
+        """Whether there is a product of the weights as they are now; packs them again when they were changed."""
+        if self.reason is None and any(watched.changed for watched in self._watched):
+            self._pack()
+        return self.reason is None
+
+    def _all(self, x: Tensor) -> Sequence[Tensor]:
+        product = self._multiply(x, self._weight, self._bias, "none", [], "")
+        return (product,) if self._last == 0 else torch.split_with_sizes(product, self._sizes, -1)
+
+    def _pack(self) -> None:
+        self._kept = None
+        try:
+            with torch.no_grad():
+                self.reason = self._packed()
+        except (RuntimeError, TypeError) as error:  # an unsupported dtype, a mismatch of shapes, no memory, another signature
+            self.reason = f"packing failed: {str(error).splitlines()[0]}"
+        if self.reason is not None:
+            self._weight = self._bias = None
+            self.nbytes = 0
+
+    def _packed(self) -> str | None:
+        weights = [linear.weight.detach() for linear in self.linears]
+        biases = [linear.bias if linear.bias is None else linear.bias.detach() for linear in self.linears]
+        wrong = next(filter(None, map(why_not_watched, [*weights, *(bias for bias in biases if bias is not None)])), None)
+        if wrong is not None:
+            return wrong
+        self._watched = [
+            _Watched(linear._parameters, name, parameter) for linear in self.linears for name, parameter in linear._parameters.items()
+        ]
+        self._sizes = [weight.shape[0] for weight in weights]
+        merged = weights[0] if self._last == 0 else torch.cat(weights)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(merged, None)
+        self._bias = self._merged_bias(weights, biases)
+        self.nbytes = merged.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+        return self._difference(weights, biases)
+
+    def _merged_bias(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+        if all(bias is None for bias in biases):
+            return None
+        parts = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+        return torch.cat(parts)
+
+    def _difference(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> str | None:
+        """Compare with ``F.linear`` on random rows; the reason when they differ."""
+        generator = torch.Generator().manual_seed(_SEED)
+        bound = _BOUNDS[weights[0].dtype]
+        for rows in _CHECKED_ROWS:
+            x = torch.randn((1, rows, weights[0].shape[1]), generator=generator).to(weights[0].dtype)
+            for ours, weight, bias in zip(self._all(x), weights, biases, strict=True):
+                plain = F.linear(x, weight, bias)
+                difference, largest = float((ours - plain).abs().max()), float(plain.abs().max())
+                if not difference <= bound * largest:  # also when either is NaN
+                    return f"the packed product of {rows} rows differs from F.linear by {difference:.2g} where the largest is {largest:.2g}"
+        return None
+
+
+def why_not_watched(tensor: Tensor) -> str | None:
+    """The reason why changes of a weight could not be seen, or its numbers not packed; None when they can."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return f"its weights are {tensor.layout} on {tensor.device}"
+    if tensor.dtype not in _BOUNDS:
+        return f"its weights are {tensor.dtype}"
+    if tensor.is_inference():
+        return "its weights were made in inference mode, where torch counts no changes"
+    if not tensor.is_contiguous() or tensor.numel() == 0:
+        return "its weights are not contiguous"
+    return None
+
+
+class _Watched:
+    """One parameter as it was when it was packed, or that there was none.
+
+    Seen are another object or storage in its place, and every change that torch counts (``_version``). A change in place
+    through ``.data`` is not counted, and merging an adapter is one, so 64 of the numbers are compared as well.
+    """
+
+    __slots__ = ("_address", "_before", "_name", "_parameters", "_sample", "_tensor", "_version")
+
+    def __init__(self, parameters: Mapping[str, Tensor | None], name: str, tensor: Tensor | None) -> None:
+        self._parameters = parameters
+        self._name = name
+        self._tensor = tensor
+        if tensor is not None:
+            self._version = tensor._version
+            self._address = tensor.data_ptr()
+            self._sample = _sample(tensor.detach())
+            self._before = self._sample.tobytes()
+
+    @property
+    def changed(self) -> bool:
+        # Through the linear's own dict: its attribute access costs more than all the rest.
+        tensor = self._tensor
+        if self._parameters[self._name] is not tensor:
+            return True
+        return tensor is not None and (
+            tensor._version != self._version or tensor.data_ptr() != self._address or self._sample.tobytes() != self._before
+        )
+
+
+def _sample(tensor: Tensor) -> memoryview:
+    """The bytes of a few runs of numbers all over a contiguous tensor, in its own memory: a look costs 100 ns, a torch operator 2 us."""
+    numbers = tensor.view(-1)
+    if len(numbers) > _SAMPLED_PLACES * _SAMPLED_NUMBERS:
+        step = len(numbers) // _SAMPLED_PLACES
+        # Away from multiples of the row length, so that the runs lie in different columns.
+        numbers = numbers.as_strided(
+            (_SAMPLED_PLACES, _SAMPLED_NUMBERS), (step, 1), numbers.storage_offset() + (step - _SAMPLED_NUMBERS) // 3
+        )
+    return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers

@@ -1,0 +1,222 @@
+"""Linear layers with repacked weights, in a model's place of its own ones for the length of a step.
+
+Owns the choice (what is worth packing), the stand-ins, and their coming and going. Between steps the model holds its own
+modules, so that whatever is done with it then is done without us. It does not own the products (``linear_products.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pagedkv.errors import ConfigError
+from pagedkv.models.context import active_step
+from pagedkv.models.linear_census import FoundLinear, LinearCensus, LinearPlace, take_census
+from pagedkv.models.linear_products import PackedProduct, why_not_packable
+from pagedkv.models.memory import free_memory
+
+# A call of oneDNN costs some 25 us more than one of MKL: smaller products lose by it. benchmarks/linear.py has the figures.
+_MIN_NUMBERS = 128 * 1024
+_MAX_SHARE_OF_FREE_MEMORY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PackingReport:
+    """Which linear layers of a model run with repacked weights.
+
+    Attributes:
+        packed: names of the layers that do.
+        merged: those of them that are computed together, because they read the same input.
+        nbytes: of the packed copies, which are kept beside the model's own weights.
+        plain: names of the layers that do not, each with the reason.
+        reason: why no layer does; None when any does.
+    """
+
+    packed: tuple[str, ...]
+    merged: tuple[tuple[str, ...], ...]
+    nbytes: int
+    plain: Mapping[str, str]
+    reason: str | None
+
+
+class PackedLinear(nn.Linear):
+    """Stands in for a linear layer during a step.
+
+    It shares the layer's ``__dict__``: parameters, hooks and flags are the same objects, so nobody who looks at it (the
+    model's code, another thread that saves the weights) sees a difference, and replaced parameters are seen here. What is
+    its own lies in slots. Without a step in this thread, or where a gradient is recorded, it computes what the layer does.
+
+    Args:
+        linear: the layer.
+        product: what computes it.
+        place: the layer's place in the product.
+    """
+
+    __slots__ = ("_dtype", "_linear", "_place", "_product")
+    _dtype: torch.dtype
+    _linear: nn.Linear
+    _place: int
+    _product: PackedProduct
+
+    def __init__(self, linear: nn.Linear, product: PackedProduct, place: int) -> None:
+        # Module.__setattr__ would register the layer as its own child, in the dict that they share.
+        own = {"_linear": linear, "_product": product, "_place": place, "_dtype": linear.weight.dtype}
+        for name, value in {"__dict__": vars(linear), **own}.items():
+            object.__setattr__(self, name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., out_features]`` of ``input [..., in_features]``."""
+        if input.dtype is self._dtype and active_step() is not None and not torch.is_grad_enabled():
+            result = self._product.result(input, self._place)
+            if result is not None:
+                return result
+        return super().forward(input)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy or a pickle made during a step is one of the layer.
+        return self._linear.__reduce_ex__(protocol)
+
+
+class PackedLinears:
+    """The packed layers of one model, put in place for each step.
+
+    Args:
+        model: the model, on one device.
+        wanted: True: every layer that can be packed; ``"auto"``: those worth it, if memory allows; False: none.
+
+    Raises:
+        ConfigError: ``wanted`` is none of these, or is True and this machine or model does not allow it.
+
+    Made in three moves, because only a forward shows who shares an input: build, run a forward within ``recording``, ``pack``.
+    """
+
+    def __init__(self, model: nn.Module, wanted: bool | Literal["auto"]) -> None:
+        if not (isinstance(wanted, bool) or wanted == "auto"):
+            raise ConfigError(f"pack_linears is {wanted!r}: it must be True, False or 'auto'")
+        self._wanted = wanted
+        self._census = LinearCensus()
+        self._products: list[tuple[PackedProduct, list[FoundLinear]]] = []
+        self._stand_ins: list[tuple[LinearPlace, nn.Linear, PackedLinear]] = []
+        self._reason = "pack_linears is False" if wanted is False else _why_not_at_all(model)
+        if self._reason is None:
+            self._census = take_census(model)
+            self._reason = None if self._census.found else "the model has no linear layer that can be packed"
+        self._refuse_if_wanted()
+
+    @property
+    def report(self) -> PackingReport:
+        """What is packed now: a layer whose weights were changed into something that cannot be packed is no longer."""
+        used = [(product, members) for product, members in self._products if product.reason is None]
+        failed = {found.name: str(product.reason) for product, members in self._products if product.reason for found in members}
+        names = [tuple(found.name for found in members) for _, members in used]
+        return PackingReport(
+            packed=tuple(name for group in names for name in group),
+            merged=tuple(group for group in names if len(group) > 1),
+            nbytes=sum(product.nbytes for product, _ in used),
+            plain=MappingProxyType({**self._census.plain, **failed}),
+            reason=self._reason,
+        )
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Learn from the steps run within a ``with`` block which layers are called, and which together."""
+        with self._census.recording():
+            yield
+
+    def pack(self) -> None:
+        """Pack what the recorded forward called.
+
+        Raises:
+            ConfigError: packing was asked for by True and no layer could be packed.
+
+        Cost: reads every weight a few times, and holds a copy of it from then on.
+        """
+        groups = self._worthwhile(self._census.groups())
+        self._census.calls.clear()
+        for members in groups:
+            product = PackedProduct([found.linear for found in members])
+            self._products.append((product, members))
+            if product.reason is None:
+                for place, found in enumerate(members):
+                    stand_in = PackedLinear(found.linear, product, place)
+                    self._stand_ins += [(where, found.linear, stand_in) for where in found.places]
+        if not self._stand_ins and self._reason is None:
+            reasons = self.report.plain
+            self._reason = f"no layer could be packed: {next(iter(reasons.values()))}" if reasons else "no linear layer was called"
+        self._refuse_if_wanted()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the stand-ins where their layers are for a ``with`` block, and the layers back whatever happens.
+
+        A layer that was replaced, or has hooks (they are told which module they serve), stays as it is. The caller sees to it
+        that steps of one model do not overlap.
+
+        Cost: about 0.2 microseconds a layer while its objects are in the processor's cache, 1 when they are not.
+        """
+        swapped = []
+        try:
+            if not torch.is_autocast_enabled("cpu"):
+                for entry in self._stand_ins:
+                    place, linear, stand_in = entry
+                    if place.modules.get(place.name) is linear and not linear._forward_hooks and not linear._forward_pre_hooks:
+                        place.modules[place.name] = stand_in
+                        swapped.append(entry)
+            yield
+        finally:
+            for place, linear, stand_in in swapped:
+                if place.modules.get(place.name) is stand_in:
+                    place.modules[place.name] = linear
+            for product, _ in self._products:
+                product.forget()
+
+    def unpack(self, reason: str) -> bool:
+        """Give up the packed copies for a reason; returns whether there were any."""
+        had = bool(self._stand_ins)
+        if had:
+            self._census.plain.update({found.name: reason for _, members in self._products for found in members})
+            self._reason = reason
+        self._stand_ins, self._products = [], []
+        return had
+
+    def _worthwhile(self, groups: list[list[FoundLinear]]) -> list[list[FoundLinear]]:
+        """The groups to pack; notes the reason against every other layer."""
+        plain = self._census.plain
+        called = {id(found) for members in groups for found in members}
+        plain.update({found.name: "it was not called in a short forward" for found in self._census.found if id(found) not in called})
+        if self._wanted is True:
+            return groups
+        kept = []
+        for members in groups:
+            size = sum(found.linear.weight.numel() for found in members)
+            if size < _MIN_NUMBERS:
+                plain.update({found.name: f"its product has {size:,} weights; packing pays from {_MIN_NUMBERS:,}" for found in members})
+            else:
+                kept.append(members)
+        needed, free = sum(found.linear.weight.nbytes for members in kept for found in members), free_memory(torch.device("cpu"))
+        if needed <= free * _MAX_SHARE_OF_FREE_MEMORY:
+            return kept
+        self._reason = f"packed copies take {needed:,} bytes, more than {_MAX_SHARE_OF_FREE_MEMORY:.0%} of the {free:,} that are free"
+        plain.update({found.name: self._reason for members in kept for found in members})
+        return []
+
+    def _refuse_if_wanted(self) -> None:
+        if self._wanted is True and self._reason is not None:
+            raise ConfigError(f"pack_linears is True but cannot be done: {self._reason}")
+
+
+def _why_not_at_all(model: nn.Module) -> str | None:
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [weight for linear in linears if isinstance(weight := getattr(linear, "weight", None), Tensor)]
+    if any(weight.device.type != "cpu" for weight in weights):
+        return "the model is not on the CPU"
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return "the model is compiled, and would be compiled again for every change of its modules"
+    reasons = [why_not_packable(dtype) for dtype in {weight.dtype for weight in weights}]
+    return next(iter(reasons), None) if all(reasons) else None
