@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the selected tests in an order drawn from a fixed seed and start no further one after so many seconds",
     )
 
+    parser.addoption("--kernel-folder", type=Path, default=None, help="take the native kernels from here: other builds of the same source")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sweep-seconds") is not None:
@@ -31,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
     except ImportError:  # the bookkeeping is tested without it
         return
     torch.set_num_threads(1)
+    folder = config.getoption("--kernel-folder")
+    if folder is not None:
+        from pagedkv.attention.native import library
+
+        library.FOLDER = folder
 
 
 class Sweep:
