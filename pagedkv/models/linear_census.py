@@ -15,14 +15,6 @@ from pagedkv.models.context import active_step
 from pagedkv.models.linear_products import why_not_watched
 
 
-@dataclass(frozen=True, slots=True)
-class LinearPlace:
-    """Where a linear layer stands: under a name in the modules of a parent."""
-
-    modules: dict[str, nn.Module | None]
-    name: str
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class FoundLinear:
     """A linear layer that could be packed.
@@ -30,12 +22,12 @@ class FoundLinear:
     Attributes:
         name: its dotted name.
         linear: the layer.
-        places: where it stands; more than one where parents share it.
+        places: the modules of a parent, and its name among them; more than one where parents share it.
     """
 
     name: str
     linear: nn.Linear
-    places: list[LinearPlace]
+    places: list[tuple[dict[str, nn.Module | None], str]]
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +66,7 @@ class LinearCensus:
         for found, x, version in self.calls:
             alone = times[id(found)] > 1 or version is None
             # The record keeps every input alive, so that an id means one tensor.
-            key = (id(found),) if alone else (id(x), version, id(found.places[0].modules), found.linear.weight.dtype)
+            key = (id(found),) if alone else (id(x), version, id(found.places[0][0]), found.linear.weight.dtype)
             members = groups.setdefault(key, [])
             if found not in members:
                 members.append(found)
@@ -104,7 +96,7 @@ def take_census(model: nn.Module) -> LinearCensus:
                     census.plain[dotted] = reason
             found = seen[id(module)]
             if found is not None:
-                found.places.append(LinearPlace(parent._modules, name))
+                found.places.append((parent._modules, name))
     census.found = [found for found in seen.values() if found is not None]
     return census
 

@@ -49,7 +49,7 @@ class ModelRunner:
             copies take at most half of the free memory. The copies stay beside the model's own weights; ``packing`` says
             how much they take. Weights that are changed between steps are packed again by the next one. Seen are other
             parameters or storages and all changes that torch counts; of changes in place through ``weight.data``, which it
-            does not, those that touch one of 64 numbers of the layer, as merging an adapter does: to write to a few rows,
+            does not, those that touch one of 16 numbers of the layer, as merging an adapter does: to write to a few rows,
             use ``torch.no_grad()`` instead.
 
     Raises:

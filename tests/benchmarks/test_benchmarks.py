@@ -73,3 +73,18 @@ def test_memory_tiny_model_engine_agrees_with_the_books_alone(tmp_path: Path) ->
     need(figures, "engine, waste %", "engine, its own mean_waste %", "engine, peak blocks", "engine, pool bytes")
     assert figures["engine, preemptions"] == 0
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_linear_tiny_model_measures_every_shape_and_the_step(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    products = pytest.importorskip("pagedkv.models.linear_products")
+    if products.why_not_packable(torch.float32) is not None:
+        pytest.skip(products.why_not_packable(torch.float32))
+    figures = run("linear.py", tmp_path, "--model", "tiny", "--threads", "1")["figures"]
+    for rows in (1, 4, 16, 64, 256):
+        for way in ("plain", "packed", "merged"):
+            need(figures, f"q_proj+k_proj+v_proj 32->32+16+16, {rows} rows, {way}, us")
+        need(figures, f"lm_head 32->97, {rows} rows, packed, us")
+    for rows in (1, 16, 64):
+        need(figures, f"step, {rows} rows, plain, ms", f"step, {rows} rows, packed, ms")
+    assert figures["packed layers"] == 15
