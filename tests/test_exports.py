@@ -70,6 +70,7 @@ EXPORTS = {
         "load_model",
         "load_tokenizer",
         "plan_memory",
+        "product_dtype",
         "split_options",
         "why_not_packable",
     },

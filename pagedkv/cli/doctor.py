@@ -11,10 +11,11 @@ import json
 import platform
 from dataclasses import dataclass
 
+import torch
+
 from pagedkv.attention import get_backend
 from pagedkv.attention.native.library import BUILDS, load_library
-from pagedkv.models import ModelRunner, load_model, plan_memory, why_not_packable
-from pagedkv.models.loading import parse_dtype
+from pagedkv.models import ModelRunner, load_model, plan_memory, product_dtype, why_not_packable
 
 _PACKAGES = ("pagedkv", "torch", "transformers", "numpy")
 
@@ -54,7 +55,6 @@ def _machine() -> list[Finding]:
     backend = get_backend("auto", device="cpu")
     threads = getattr(backend, "num_threads", None)
     builds = ", ".join(build.name for build in BUILDS if build.path.is_file()) or "none"
-    packing = {name: why_not_packable(dtype) for name in ("float32", "bfloat16") if (dtype := parse_dtype(name)) is not None}
     return [
         Finding("versions", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)),
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -65,16 +65,16 @@ def _machine() -> list[Finding]:
             + (f", {threads} threads (torch.set_num_threads changes it)" if threads else ""),
             (f"libraries here: {builds}", *loaded.reasons),
         ),
-        *(
-            Finding(
-                f"linear layers, {name}",
-                "repacked weights (oneDNN)" if reason is None else "as the model has them",
-                (reason,) if reason else (),
-            )
-            for name, reason in packing.items()
-        ),
+        *map(_linear_layers, (torch.float32, torch.bfloat16)),
         Finding("attention on CUDA", f"backend {get_backend('auto', device='cuda').name!r}"),
     ]
+
+
+def _linear_layers(dtype: torch.dtype) -> Finding:
+    subject, reason = f"linear layers, {str(dtype).removeprefix('torch.')}", why_not_packable(dtype)
+    if reason is not None:
+        return Finding(subject, "as the model has them", (reason,))
+    return Finding(subject, f"repacked weights (oneDNN), multiplied in {str(product_dtype(dtype)).removeprefix('torch.')}")
 
 
 def _model(options: argparse.Namespace) -> list[Finding]:

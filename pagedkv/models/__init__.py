@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagedkv.models.linear_products import why_not_packable
+from pagedkv.models.linear_products import product_dtype, why_not_packable
 from pagedkv.models.loading import load_model, load_tokenizer
 from pagedkv.models.masks import classify_mask
 from pagedkv.models.memory import MemoryPlan, plan_memory
@@ -22,6 +22,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "plan_memory",
+    "product_dtype",
     "split_options",
     "why_not_packable",
 ]

@@ -46,6 +46,18 @@ def why_not_packable(dtype: torch.dtype) -> str | None:
     return PackedProduct([linear]).reason
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which oneDNN multiplies weights of a dtype here: their own, or float32 on a processor without instructions for it.
+
+    There torch's own product of half-precision weights takes several times as long as one of the same weights in float32.
+    """
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(8, 16, dtype=dtype), None)
+    except RuntimeError:
+        return torch.float32
+    return dtype
+
+
 class PackedProduct:
     """The products of linear layers that read the same input, as one multiplication with repacked weights.
 
@@ -54,7 +66,7 @@ class PackedProduct:
 
     Attributes:
         reason: why the product cannot be used (any more), or None. It is set, never raised: a layer can always do without.
-        nbytes: bytes of the packed copies, without oneDNN's padding.
+        nbytes: bytes of the packed copies, without oneDNN's padding; they may be wider than the weights, see ``product_dtype``.
 
     Cost: packing reads and writes the weights once and runs 21 rows through them, packed and plain.
     """
@@ -69,6 +81,7 @@ class PackedProduct:
         self._without_bias: list[_Parameters] = []
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        self._dtype = torch.float32
         self._kept: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self._multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
         self._pack()
@@ -125,7 +138,7 @@ class PackedProduct:
         return self.reason is None
 
     def _all(self, x: Tensor) -> Sequence[Tensor]:
-        product = self._multiply(x, self._weight, self._bias, "none", [], "")
+        product = self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
         return (product,) if self._last == 0 else torch.split_with_sizes(product, self._sizes, -1)
 
     def _pack(self) -> None:
@@ -151,9 +164,11 @@ class PackedProduct:
         self._watched = [_watched(owner, name, tensor) for owner, name in owned if (tensor := owner.get(name)) is not None]
         self._without_bias = [owner for owner, name in owned if owner.get(name) is None]
         self._sizes = [weight.shape[0] for weight in weights]
-        merged = weights[0] if self._last == 0 else torch.cat(weights)
+        self._dtype = product_dtype(weights[0].dtype)
+        merged = (weights[0] if self._last == 0 else torch.cat(weights)).to(self._dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(merged, None)
-        self._bias = self._merged_bias(weights, biases)
+        bias = self._merged_bias(weights, biases)
+        self._bias = None if bias is None else bias.to(self._dtype)
         self.nbytes = merged.nbytes + (self._bias.nbytes if self._bias is not None else 0)
         return self._difference(weights, biases)
 

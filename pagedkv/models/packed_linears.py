@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pagedkv.errors import ConfigError
 from pagedkv.models.context import active_step
 from pagedkv.models.linear_census import FoundLinear, LinearCensus, take_census
-from pagedkv.models.linear_products import PackedProduct, why_not_packable
+from pagedkv.models.linear_products import PackedProduct, product_dtype, why_not_packable
 from pagedkv.models.memory import free_memory
 
 # A call of oneDNN costs some 25 us more than one of MKL: smaller products lose by it. benchmarks/linear.py has the figures.
@@ -203,7 +203,8 @@ class PackedLinears:
                 plain.update({found.name: f"its product has {size:,} weights; packing pays from {_MIN_NUMBERS:,}" for found in members})
             else:
                 kept.append(members)
-        needed, free = sum(found.linear.weight.nbytes for members in kept for found in members), free_memory(torch.device("cpu"))
+        weights = [found.linear.weight for members in kept for found in members]
+        needed, free = sum(weight.numel() * product_dtype(weight.dtype).itemsize for weight in weights), free_memory(torch.device("cpu"))
         if needed <= free * _MAX_SHARE_OF_FREE_MEMORY:
             return kept
         self._reason = f"packed copies take {needed:,} bytes, more than {_MAX_SHARE_OF_FREE_MEMORY:.0%} of the {free:,} that are free"

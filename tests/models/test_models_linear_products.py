@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pagedkv.models.linear_products import PackedProduct, why_not_packable
+from pagedkv.models.linear_products import PackedProduct, product_dtype, why_not_packable
 
 WIDTH = 48
 pytestmark = pytest.mark.skipif(why_not_packable(torch.float32) is not None, reason=str(why_not_packable(torch.float32)))
@@ -265,3 +265,21 @@ def test_probing_draws_no_number_of_the_global_generator() -> None:
     before = torch.get_rng_state()
     why_not_packable(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_product_half_precision_is_the_float32_product_rounded_where_the_processor_has_no_half_instructions(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    linears = [torch.nn.Linear(24, size, dtype=dtype) for size in (8, 16)]
+    product = PackedProduct(linears)
+    assert product.reason is None, product.reason
+    x = torch.randn(1, 5, 24, generator=generator).to(dtype)
+    with torch.no_grad():
+        for place, linear in enumerate(linears):
+            bias = None if linear.bias is None else linear.bias.float()
+            exact = torch.nn.functional.linear(x.float(), linear.weight.float(), bias)
+            ours = product.result(x, place)
+            assert ours is not None
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    assert product.nbytes == 24 * 25 * product_dtype(dtype).itemsize
