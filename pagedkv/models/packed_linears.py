@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pagedkv.errors import ConfigError
+from pagedkv.models.compiled import is_compiled
 from pagedkv.models.context import active_step
 from pagedkv.models.linear_census import FoundLinear, LinearCensus, take_census
 from pagedkv.models.linear_products import PackedProduct, product_dtype, why_not_packable
@@ -225,7 +226,7 @@ def _why_not_at_all(model: nn.Module) -> str | None:
     weights = [weight for linear in linears if isinstance(weight := getattr(linear, "weight", None), Tensor)]
     if any(weight.device.type != "cpu" for weight in weights):
         return "the model is not on the CPU"
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if is_compiled(model):
         return "the model is compiled, and would be compiled again for every change of its modules"
     reasons = [why_not_packable(dtype) for dtype in {weight.dtype for weight in weights}]
     return next(iter(reasons), None) if all(reasons) else None

@@ -18,6 +18,7 @@ from pagedkv.attention import AttentionBackend, AttentionSpec, get_backend
 from pagedkv.errors import ClosedError, ConfigError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import PackedCall
+from pagedkv.models.compiled import OutsideOfGraphs, is_compiled
 from pagedkv.models.context import activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.limits import eos_token_ids, max_positions, num_token_ids
@@ -90,6 +91,8 @@ class ModelRunner:
             shape = probe_model(model, self._call)
         specs = [replace(request, block_size=block_size) for request in shape.requests]
         self._backend = get_backend(backend, device=model.device, specs=specs)
+        if is_compiled(model):
+            self._backend = OutsideOfGraphs(self._backend)
         _check_backend(self._backend, specs, shape.dtype)
         self._configs = attention_configs(model)
         self._index = {layer: place for place, layer in enumerate(shape.layer_ids)}
