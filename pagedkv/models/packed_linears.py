@@ -207,6 +207,8 @@ class PackedLinears:
                 plain.update({found.name: f"its product has {size:,} weights; packing pays from {least:,} here" for found in members})
             else:
                 kept.append(members)
+        if not kept:
+            return []
         needed, free = sum(found.linear.weight.nbytes for members in kept for found in members), free_memory(torch.device("cpu"))
         if needed <= free * _MAX_SHARE_OF_FREE_MEMORY:
             return kept
