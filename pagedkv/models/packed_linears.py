@@ -22,8 +22,10 @@ from pagedkv.models.linear_census import FoundLinear, LinearCensus, take_census
 from pagedkv.models.linear_products import PackedProduct, product_dtype, why_not_packable
 from pagedkv.models.memory import free_memory
 
-# A call of oneDNN costs some 25 us more than one of MKL: smaller products lose by it. benchmarks/linear.py has the figures.
-_MIN_NUMBERS = 128 * 1024
+# From benchmarks/linear.py. A call of oneDNN costs some 25 us more than one of MKL, so small products lose by it. Where one
+# thread runs AVX2, MKL keeps up but for products whose weights come from memory every time, such as an output head.
+_MIN_WEIGHTS = 128 * 1024
+_MIN_WEIGHTS_ONE_THREAD_AVX2 = 4 * 1024 * 1024
 _MAX_SHARE_OF_FREE_MEMORY = 0.5
 
 
@@ -197,13 +199,18 @@ class PackedLinears:
         plain.update({found.name: "it was not called in a short forward" for found in self._census.found if id(found) not in called})
         if self._wanted is True:
             return groups
+        one_thread_avx2 = torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2"
         kept = []
         for members in groups:
             size = sum(found.linear.weight.numel() for found in members)
-            if size < _MIN_NUMBERS:
-                plain.update({found.name: f"its product has {size:,} weights; packing pays from {_MIN_NUMBERS:,}" for found in members})
+            # In half precision MKL has no product at all for AVX2, and torch's own is several times slower.
+            least = _MIN_WEIGHTS_ONE_THREAD_AVX2 if one_thread_avx2 and members[0].linear.weight.dtype == torch.float32 else _MIN_WEIGHTS
+            if size < least:
+                plain.update({found.name: f"its product has {size:,} weights; packing pays from {least:,} here" for found in members})
             else:
                 kept.append(members)
+        if not kept:
+            return []
         weights = [found.linear.weight for members in kept for found in members]
         needed, free = sum(weight.numel() * product_dtype(weight.dtype).itemsize for weight in weights), free_memory(torch.device("cpu"))
         if needed <= free * _MAX_SHARE_OF_FREE_MEMORY:

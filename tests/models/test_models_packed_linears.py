@@ -29,6 +29,12 @@ REASON = why_not_packable(torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "auto" finds worth packing depends on the number of threads, which is one in tests."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
 def run(runner: ModelRunner) -> list[Tensor]:
     return paged_logits(runner, TOKENS, STEPS)
 
@@ -113,6 +119,13 @@ def test_auto_packs_what_is_large_and_says_why_not_the_rest() -> None:
     tiny = ModelRunner(tiny_model("llama"), block_size=4).packing
     assert not tiny.packed
     assert "packing pays from" in str(tiny.reason)
+
+
+def test_auto_with_one_thread_packs_only_what_gains_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for capability, packs in (("AVX2", False), ("AVX512", True)):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
+        assert bool(ModelRunner(tiny_model("llama", **WIDE), block_size=4).packing.packed) is packs
 
 
 def test_false_packs_nothing() -> None:
@@ -392,19 +405,13 @@ def test_compiled_model_is_left_alone() -> None:
     assert "compiled" in str(packing.reason)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_greedy_tokens_are_those_of_generate(num_threads: int) -> None:
+def test_greedy_tokens_are_those_of_generate() -> None:
     model = tiny_model("llama", **WIDE)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        want = [model.generate(row[None], max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(row) :].tolist() for row in TOKENS]
-        with LLM(model, block_size=4, pack_linears=True) as llm:
-            assert llm.runner.packing.packed
-            prompts = [{"prompt_token_ids": row.tolist()} for row in TOKENS]
-            outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)
-    finally:
-        torch.set_num_threads(before)
+    want = [model.generate(row[None], max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(row) :].tolist() for row in TOKENS]
+    with LLM(model, block_size=4, pack_linears=True) as llm:
+        assert llm.runner.packing.packed
+        prompts = [{"prompt_token_ids": row.tolist()} for row in TOKENS]
+        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)
     for number, (output, tokens) in enumerate(zip(outputs, want, strict=True)):
         got = list(output.outputs[0].token_ids)
         assert got == tokens, f"prompt {number}: {got} instead of {tokens}"
