@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
 from pagedkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfBlocksError, StaleHandleError, UnknownHandleError
@@ -97,6 +98,11 @@ class BlockPool:
         view.flags.writeable = False
         return view
 
+    def is_cached(self, block_ids: Int32Array) -> BoolArray:
+        """Whether each block is findable by content."""
+        found: BoolArray = self._cached[_index(block_ids)]
+        return found
+
     def is_shared(self, block_ids: Int32Array) -> BoolArray:
         """Whether each block must be copied before it is written: held more than once, or findable (and so immutable)."""
         return (self._references[block_ids] > 1) | self._cached[block_ids]
@@ -121,7 +127,7 @@ class BlockPool:
         if len(evicted):
             self._cached[evicted] = False
             ids = np.concatenate([ids, evicted])
-        self._references[ids] = 1
+        self._references[_index(ids)] = 1
         return Allocation(ids, evicted)
 
     def acquire(self, block_ids: Int32Array) -> None:
@@ -133,8 +139,9 @@ class BlockPool:
             InvariantError: a reference count would pass 2**30.
         """
         self._check_ids(block_ids)
-        before = self._references[block_ids]
-        gone = (before == 0) & ~self._cached[block_ids]
+        places = _index(block_ids)
+        before = self._references[places]
+        gone = (before == 0) & ~self._cached[places]
         if gone.any():
             raise StaleHandleError(f"block {int(block_ids[gone][0])} is free; only a held or cached block can be acquired")
         if len(before) and int(before.max()) > _MAX_REFERENCES - len(block_ids):
@@ -142,7 +149,7 @@ class BlockPool:
         idle = np.unique(block_ids[before == 0])
         if len(idle):
             self._policy.remove(idle)
-        np.add.at(self._references, block_ids, _ONE)
+        np.add.at(self._references, places, _ONE)
 
     def release(self, block_ids: Int32Array) -> None:
         """Drop one reference for each mention of a block, in this order: give a sequence's blocks tail first.
@@ -154,15 +161,16 @@ class BlockPool:
             StaleHandleError: more releases than references; nothing was changed.
         """
         self._check_ids(block_ids)
-        np.subtract.at(self._references, block_ids, _ONE)
-        after = self._references[block_ids]
+        places = _index(block_ids)
+        np.subtract.at(self._references, places, _ONE)
+        after = self._references[places]
         if len(after) and int(after.min()) < 0:
-            np.add.at(self._references, block_ids, _ONE)
+            np.add.at(self._references, places, _ONE)
             raise StaleHandleError(f"block {int(block_ids[after.argmin()])} is released more often than it is held")
         idle = _last_mentions(block_ids[after == 0])
         if not len(idle):
             return
-        keep = self._cached[idle]
+        keep = self._cached[_index(idle)]
         self._push_free(idle[~keep])
         if keep.any():
             self._policy.insert(idle[keep])
@@ -173,9 +181,10 @@ class BlockPool:
         Raises:
             InvariantError: a block is not held, or cached already.
         """
-        if np.count_nonzero(self._references[block_ids] < 1) or np.count_nonzero(self._cached[block_ids]):
+        places = _index(block_ids)
+        if np.count_nonzero(self._references[places]) < len(places) or np.count_nonzero(self._cached[places]):
             raise InvariantError("only a held block that is not cached yet can be published")
-        self._cached[block_ids] = True
+        self._cached[places] = True
 
     def forget_cached(self, block_ids: Int32Array) -> None:
         """Note that blocks are not findable any more; those that nobody holds become free.
@@ -227,6 +236,11 @@ class BlockPool:
         if len(block_ids) and not (int(block_ids.min()) > NULL_BLOCK and int(block_ids.max()) < self.num_blocks):
             wrong = block_ids[(block_ids <= NULL_BLOCK) | (block_ids >= self.num_blocks)][0]
             raise UnknownHandleError(f"block {int(wrong)} is not one of 1 to {self.num_blocks - 1} (0 is the null block)")
+
+
+def _index(block_ids: Int32Array) -> npt.NDArray[np.intp]:
+    """The same ids as numpy wants them for an index: by any other integers it takes many times as long, at each use."""
+    return block_ids.astype(np.intp)
 
 
 def _last_mentions(block_ids: Int32Array) -> Int32Array:

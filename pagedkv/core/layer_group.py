@@ -47,10 +47,13 @@ class LayerGroup:
         Returns:
             how many were duplicates. No block is mentioned twice among those that are not.
         """
-        twins = holders != block_ids
-        num_twins = int(np.count_nonzero(twins))
-        fresh = holders[~twins] if num_twins else holders
-        known = self.pool.cached[fresh]
+        if holders is block_ids:
+            num_twins, fresh = 0, holders
+        else:
+            twins = holders != block_ids
+            num_twins = int(np.count_nonzero(twins))
+            fresh = holders[~twins]
+        known = self.pool.is_cached(fresh)
         if np.count_nonzero(known):
             fresh = fresh[~known]
         self.pool.mark_cached(fresh)

@@ -70,18 +70,21 @@ class PrefixCache:
             roots: ``[n]`` int32 namespace roots.
 
         Returns:
-            ``[n]`` int32, the block that holds each content from now on: the given one, or an older twin.
+            ``[n]`` int32, the block that holds each content from now on: the given one, or an older twin. The given array itself where no
+            content has an older twin.
 
         Cost: about 0.5 microseconds a block.
         """
-        raw = token_ids.astype(_KEY_DTYPE, copy=False).tobytes()
+        keys = np.empty((len(block_ids), 1 + self._block_size), dtype=_KEY_DTYPE)
+        keys[:, 0] = parents
+        keys[:, 1:] = token_ids
+        raw, width = keys.tobytes(), keys.shape[1] * _ID_NBYTES
+        ids = block_ids.tolist()
         holders = [
-            self._claim(parent, raw[start : start + self._width], block, root)
-            for parent, start, block, root in zip(
-                parents.tolist(), range(0, len(raw), self._width), block_ids.tolist(), roots.tolist(), strict=True
-            )
+            self._claim(raw[start : start + width], parent, block, root)
+            for start, parent, block, root in zip(range(0, len(raw), width), parents.tolist(), ids, roots.tolist(), strict=True)
         ]
-        return np.array(holders, dtype=np.int32)
+        return block_ids if holders == ids else np.array(holders, dtype=np.int32)
 
     def publish_chain(self, parent: int, token_ids: Int32Array, block_ids: Int32Array, root: int) -> Int32Array:
         """Make consecutive full blocks of one sequence findable.
@@ -92,7 +95,8 @@ class PrefixCache:
         raw = token_ids.astype(_KEY_DTYPE, copy=False).tobytes()
         holders = []
         for block, start in zip(block_ids.tolist(), range(0, len(raw), self._width), strict=True):
-            parent = self._claim(parent, raw[start : start + self._width], block, root)
+            key = parent.to_bytes(_ID_NBYTES, "little", signed=True) + raw[start : start + self._width]
+            parent = self._claim(key, parent, block, root)
             holders.append(parent)
         return np.array(holders, dtype=np.int32)
 
@@ -152,9 +156,8 @@ class PrefixCache:
         if sum(key is not None for key in self._keys) != len(self._blocks) or sum(map(bool, self._roots)) != len(self._blocks):
             raise InvariantError("prefix cache: a block carries a key or a namespace without being findable")
 
-    def _claim(self, parent: int, tokens: bytes, block: int, root: int) -> int:
+    def _claim(self, key: bytes, parent: int, block: int, root: int) -> int:
         """Make one block findable, or say which block holds the same after the same parent already."""
-        key = parent.to_bytes(_ID_NBYTES, "little", signed=True) + tokens
         holder = self._blocks.setdefault(key, block)
         if holder == block and self._keys[block] is None:
             self._keys[block] = key

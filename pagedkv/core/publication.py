@@ -11,7 +11,7 @@ import numpy as np
 
 from pagedkv.core.layer_group import LayerGroup
 from pagedkv.core.sequence_table import SequenceTable
-from pagedkv.plan import Int32Array, Int64Array
+from pagedkv.plan import BoolArray, Int32Array, Int64Array
 
 
 class Publication:
@@ -31,27 +31,35 @@ class Publication:
         first = self._table.num_published[rows]
         single = full - first == 1
         if np.count_nonzero(single) == len(single):
-            self._publish_singles(rows, first, roots)
+            self._publish_row_blocks(rows, first, roots)
         else:
             if np.count_nonzero(single):
-                self._publish_singles(rows[single], first[single], roots[single])
+                self._publish_row_blocks(rows[single], first[single], roots[single])
             for row, begin, end in zip(rows[~single].tolist(), first[~single].tolist(), full[~single].tolist(), strict=True):
                 self._publish_chain(row, begin, end)
         self._table.num_published[rows] = full
 
-    def _publish_singles(self, rows: Int64Array, column: Int32Array, roots: Int32Array) -> None:
-        cells = self._table.cells(rows, column)
+    def publish_singles(self, cells: Int64Array, has_parent: BoolArray, roots: Int32Array) -> None:
+        """Make one full block of each of several rows findable, and leave it to the caller to count it as published.
+
+        Args:
+            cells: ``[n]`` int64 flat places of the blocks in a group's table.
+            has_parent: ``[n]`` bool, whether the block is not the first of its row.
+            roots: ``[n]`` int32 the rows' namespace roots, none of them 0.
+        """
         contents = self._table.token_ids.reshape(-1, self._size).take(cells, axis=0)
-        has_parent = column > 0
         for tables, group in zip(self._table.block_tables, self._groups, strict=True):
             flat = tables.reshape(-1)
             blocks, parents = flat.take(cells), flat.take(cells - 1, mode="wrap")
-            if np.count_nonzero(has_parent) < len(column):
+            if np.count_nonzero(has_parent) < len(has_parent):
                 parents = np.where(has_parent, parents, roots)
             holders = group.cache.publish(parents, contents, blocks, roots)
             if group.settle(blocks, holders):
                 self.num_deduplicated += int(np.count_nonzero(holders != blocks))
                 flat[cells] = holders
+
+    def _publish_row_blocks(self, rows: Int64Array, column: Int32Array, roots: Int32Array) -> None:
+        self.publish_singles(self._table.cells(rows, column), column > 0, roots)
 
     def _publish_chain(self, row: int, begin: int, end: int) -> None:
         table, size = self._table, self._size

@@ -72,6 +72,11 @@ class SequenceTable:
         return len(self._handles)
 
     @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self._block_size
+
+    @property
     def max_tokens(self) -> int:
         """The longest sequence that a row can hold."""
         return self._max_blocks * self._block_size
@@ -100,6 +105,10 @@ class SequenceTable:
         places += columns
         return places
 
+    def recognises(self, seqs: object) -> bool:
+        """Whether this is the frozen array of the last look-up, whose handles are all as live as they were then."""
+        return seqs is self._last_seqs and self._last_epoch == self._epoch
+
     def rows_of(self, seqs: Int64Array) -> Int64Array:
         """Rows of distinct live handles; a fixed number of array operations, one comparison for the frozen array of the last call.
 
@@ -107,7 +116,7 @@ class SequenceTable:
             UnknownHandleError, StaleHandleError: naming the first wrong handle.
             InvalidRequestError: a handle is given twice.
         """
-        if seqs is self._last_seqs and self._last_epoch == self._epoch:
+        if self.recognises(seqs):
             return self._last_rows
         rows: Int64Array = seqs & _ROW_MASK
         if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):

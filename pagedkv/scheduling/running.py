@@ -5,6 +5,7 @@ Owns the admission order and the per-row limits. Does not own blocks, tokens or 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +35,7 @@ class RunningSet:
         self._members: list[int] = []
         self._rows: Int64Array | None = None
         self._seqs = np.zeros(0, dtype=np.int64)
-        self._steady_rows: Int64Array | None = None
+        self._steady: _SteadyRows | None = None
         self.ones = _frozen(np.ones(size, dtype=np.int32))
         self.numbers = _frozen(np.arange(size + 1, dtype=np.int32))
         self.long_numbers = _frozen(np.arange(size, dtype=np.int64))
@@ -95,7 +96,7 @@ class RunningSet:
         self.prompt_logits[row] = request.wants_prompt_logits
         self._branches[row] = branch
         self._members.append(row)
-        self._rows = None
+        self._rows = self._steady = None
         self.num_preempted += branch.num_preemptions > 0
         if branch.is_trunk:
             self.num_trunks += 1
@@ -111,16 +112,31 @@ class RunningSet:
             self.num_preempted -= branch.num_preemptions > 0
             self._branches[row] = None
             self._members.remove(row)
-        self._rows = None
+        self._rows = self._steady = None
 
     @property
     def steady(self) -> bool:
         """Whether it is known that all running rows decode: they all got a token in the last step and the set has not changed since."""
-        return self._rows is not None and self._steady_rows is self._rows
+        return self._steady is not None
 
-    def note_steady(self, rows: Int64Array) -> None:
-        """Note that just these rows, by identity of the array, got a token each."""
-        self._steady_rows = rows
+    @property
+    def last_token_ids(self) -> Int32Array:
+        """``[n]`` int32 the tokens that the running rows got in the last step, frozen; only while they are steady."""
+        if self._steady is None:
+            raise LookupError("the running rows did not all get a token in the last step")
+        return self._steady.token_ids
+
+    def note_tokens(self, rows: Int64Array, token_ids: Int32Array) -> None:
+        """Note what tokens these rows got, -1 for none; the running set is steady from now on if they are all of it, by identity."""
+        if rows is not self._rows or int(token_ids[token_ids.argmin()]) < 0:
+            self._steady = None
+            return
+        if self._steady is None:
+            headroom = self.limits[rows] - self._table.num_tokens[rows]
+            self._steady = _SteadyRows(token_ids, self._stops[rows].T.copy(), int(headroom.min()))
+        else:
+            self._steady.token_ids = token_ids
+            self._steady.headroom -= 1
 
     def remaining(self) -> Int32Array:
         """``[n]`` known tokens of each running row that are still to compute now."""
@@ -128,14 +144,15 @@ class RunningSet:
         left: Int32Array = self._table.num_tokens[rows] - self._table.num_reserved[rows]
         return left - self.hold[rows] if self.num_trunks else left
 
-    def ended(self, rows: Int64Array, token_ids: Int32Array) -> tuple[BoolArray, BoolArray]:
-        """Which branches end with the tokens that they have just got: by a stop id, or by length."""
+    def ended(self, rows: Int64Array, token_ids: Int32Array) -> tuple[Int64Array, BoolArray]:
+        """Which of these branches end with the tokens that they have just got, and which of those by a stop id, not by their length."""
+        if self._steady is not None and self._steady.all_go_on(token_ids):
+            return self.long_numbers[:0], np.zeros(0, dtype=np.bool_)
         known = self._table.num_tokens[rows]
-        hits = self._stops[rows] == token_ids[:, None]
-        stopped = hits[:, 0] if hits.shape[1] == 1 else hits.any(axis=1)
-        if np.count_nonzero(stopped):
-            stopped &= known >= self.minimums[rows]
-        return stopped, known >= self.limits[rows]
+        stopped = (self._stops[rows] == token_ids[:, None]).any(axis=1)
+        stopped &= known >= self.minimums[rows]
+        ends = (stopped | (known >= self.limits[rows])).nonzero()[0]
+        return ends, stopped[ends]
 
     def at_first_token(self, rows: Int64Array) -> Int64Array:
         """Those rows that have exactly one token behind their prompt."""
@@ -159,6 +176,25 @@ class RunningSet:
     def _blocks_short(self, num_tokens: Int32Array, block_size: int) -> Int32Array:
         short: Int32Array = -(-num_tokens // block_size) - self._table.num_blocks[self.rows]
         return short
+
+
+@dataclass(slots=True, eq=False)
+class _SteadyRows:
+    """What there is to know of the running rows to see that none of them ends, while all of them get a token in each step.
+
+    Attributes:
+        token_ids: ``[n]`` int32 the tokens they got last, frozen.
+        stops: ``[K, n]`` int32 the ids that end each of them.
+        headroom: tokens that each of them may get before the first ends for its length.
+    """
+
+    token_ids: Int32Array
+    stops: Int32Array
+    headroom: int
+
+    def all_go_on(self, token_ids: Int32Array) -> bool:
+        """Whether no row ends with these tokens, which it has just got."""
+        return self.headroom > 1 and not np.count_nonzero(self.stops == token_ids)
 
 
 def _frozen(array: _Array) -> _Array:

@@ -193,7 +193,8 @@ class Scheduler:
             InvalidRequestError: another plan, another number of tokens, or a token below -1; the plan stays outstanding.
         """
         self._check_outstanding(plan)
-        sampled = np.asarray(token_ids, dtype=np.int32)
+        sampled = np.array(token_ids, dtype=np.int32)  # a copy: the next plan shows it
+        sampled.flags.writeable = False
         if sampled.shape != plan.sampling_seqs.shape:
             raise InvalidRequestError(f"the plan samples {len(plan.sampling_seqs)} tokens, got an array of shape {sampled.shape}")
         if len(sampled) == plan.num_seqs:
@@ -207,8 +208,6 @@ class Scheduler:
         if not self._running.steady:
             self._after_prefills(rows)
         self._end_branches(rows, sampled)
-        if rows is self._running.rows and int(sampled.min()) >= 0:
-            self._running.note_steady(rows)
         for request_id in self._take_doomed():
             self.abort(request_id)
 
@@ -311,9 +310,11 @@ class Scheduler:
             self._fork_ready()
 
     def _end_branches(self, rows: Int64Array, token_ids: Int32Array) -> None:
-        stopped, too_long = self._running.ended(rows, token_ids)
-        ends = (stopped | too_long).nonzero()[0]
-        for row, token, stop in zip(rows[ends].tolist(), token_ids[ends].tolist(), stopped[ends].tolist(), strict=True):
+        ends, stopped = self._running.ended(rows, token_ids)
+        if not len(ends):
+            self._running.note_tokens(rows, token_ids)
+            return
+        for row, token, stop in zip(rows[ends].tolist(), token_ids[ends].tolist(), stopped.tolist(), strict=True):
             branch = self._running.branch(row)
             stop_reason = token if stop and token not in branch.request.eos_token_ids else None
             self._finish(branch, "stop" if stop else "length", stop_reason)
@@ -385,6 +386,8 @@ class Scheduler:
             self._waiting.push(branch)
 
     def _admit(self, builder: PlanBuilder, *, preempted: bool) -> None:
+        if not len(self._waiting):
+            return
         self._admission.begin_step()
         while builder.num_tokens < self.config.max_num_batched_tokens:
             ticket = self._admission.next(self._step, preempted=preempted)

@@ -221,7 +221,7 @@ MANAGER_BUGS = [
     Bug("blocks are let go of head first", changed(KVCacheManager, "_table_ids", let_go_head_first), ("audit", "data", "reference")),
     Bug(
         "only the first group is asked for room",
-        changed(Reservations, "_check_available", check_first_group_only),
+        changed(Reservations, "check_available", check_first_group_only),
         ("audit", "data", "reference"),
     ),
     Bug("a purged sequence goes on publishing", changed(KVCacheManager, "purge", keep_publishing_after_purge), ("reference",)),
