@@ -18,9 +18,7 @@ from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.plan import Int32Array, Int64Array
 
 _Array = TypeVar("_Array", Int32Array, Int64Array)
-# Arrays of no dimension: numpy takes half as long for them as for Python's own numbers.
-_ONE_32 = np.array(1, dtype=np.int32)
-_ONE_64 = np.array(1, dtype=np.int64)
+_ONE_32, _ONE_64 = np.int32(1), np.int64(1)  # numpy takes longer for Python's own numbers
 
 
 class Cohort:
@@ -50,7 +48,8 @@ class Cohort:
         self._table = table
         self._reservations = reservations
         self._publication = publication
-        self._size = size = table.block_size
+        size = table.block_size
+        self._size = np.int64(size)
         self._is_reserved = False
         positions = table.num_reserved[rows]
         columns = table.token_ids.shape[1]
@@ -82,8 +81,10 @@ class Cohort:
             reservations.check_available([count] * len(slots))
             wave.cells += _ONE_64
             wave.num_blocks += _ONE_32
-            for places, ids in zip(slots, reservations.open_blocks(wave.cells), strict=True):
-                places[wave.members] = np.multiply(ids, self._size, dtype=np.int64)
+            opened = reservations.open_blocks(wave.cells)
+            for places, ids in zip(slots, opened, strict=True):
+                places[wave.members] = ids * self._size
+            wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]
             table.num_blocks[wave.rows] = wave.num_blocks
         table.num_reserved[self._rows] = self._seq_lens
         self._slots = _frozen(slots)
@@ -100,13 +101,13 @@ class Cohort:
         table.num_tokens[rows] = self._seq_lens
         self._is_reserved = False
         self._steps_left -= 1
-        self._clock = (self._clock + 1) % self._size
+        self._clock = (self._clock + 1) % len(self._waves)
         if self._publication is not None:
             self._publish(self._wave(self._clock), self._publication)  # who opens a block next has just filled the last
 
     def _publish(self, wave: _Wave, publication: Publication) -> None:
         if wave.is_public:
-            publication.publish_singles(wave.cells, wave.num_blocks > _ONE_32, wave.roots)
+            wave.blocks = publication.publish_singles(wave.cells, wave.parents, wave.blocks, wave.roots)
             self._table.num_published[wave.rows] = wave.num_blocks
         elif len(wave.members):
             publication.publish(wave.rows, wave.num_blocks)
@@ -115,7 +116,7 @@ class Cohort:
         """``[G, n]`` the slots of the last tokens that have one; where a block is opened next, what stands here does not matter."""
         table, columns = self._table, (positions - 1) // self._size
         blocks = table.block_tables.reshape(len(table.block_tables), -1)[:, table.cells(self._rows, columns)]
-        return blocks * np.int64(self._size) + (positions - 1) % self._size
+        return blocks * self._size + (positions - 1) % self._size
 
     def _wave(self, clock: int) -> _Wave:
         """Who opens a block at this time."""
@@ -125,9 +126,10 @@ class Cohort:
             members = (self._openings == clock).nonzero()[0]
             rows = self._rows[members]
             num_blocks, roots = table.num_blocks[rows], table.roots[rows]
-            cells = table.cells(rows, num_blocks - _ONE_32)
+            cells = table.cells(rows, num_blocks - 1)
+            blocks, parents = (table.blocks_at(cells - back, num_blocks - 1 - back, roots) for back in (0, 1))
             is_public = 0 < len(members) == np.count_nonzero(roots)
-            wave = self._waves[clock] = _Wave(members, rows, cells, num_blocks, roots, is_public)
+            wave = self._waves[clock] = _Wave(members, rows, cells, num_blocks, parents, blocks, roots.tolist(), is_public)
         return wave
 
 
@@ -140,7 +142,8 @@ class _Wave:
         rows: ``[w]`` int64 rows of the table.
         cells: ``[w]`` int64 flat places of their last blocks in a group's block table.
         num_blocks: ``[w]`` int32 blocks that they hold.
-        roots: ``[w]`` int32 namespace roots.
+        parents, blocks: per layer group, the ids of their last blocks but one and of their last blocks; the root where there is none.
+        roots: their namespace roots.
         is_public: whether there are any, and all of them may publish.
     """
 
@@ -148,10 +151,12 @@ class _Wave:
     rows: Int64Array
     cells: Int64Array
     num_blocks: Int32Array
-    roots: Int32Array
+    parents: list[list[int]]
+    blocks: list[list[int]]
+    roots: list[int]
     is_public: bool
 
 
 def _frozen(array: _Array) -> _Array:
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array

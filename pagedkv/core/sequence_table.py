@@ -105,6 +105,12 @@ class SequenceTable:
         places += columns
         return places
 
+    def blocks_at(self, cells: Int64Array, columns: Int32Array, roots: Int32Array) -> list[list[int]]:
+        """Per group, the blocks in these flat places, which are in these columns; the row's root where the column is before the first."""
+        blocks = self.block_tables.reshape(len(self.block_tables), -1)[:, cells]
+        chosen: list[list[int]] = np.where(columns < 0, roots, blocks).tolist()
+        return chosen
+
     def recognises(self, seqs: object) -> bool:
         """Whether this is the frozen array of the last look-up, whose handles are all as live as they were then."""
         return seqs is self._last_seqs and self._last_epoch == self._epoch

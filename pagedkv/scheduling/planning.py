@@ -61,29 +61,10 @@ class PlanBuilder:
 
     def build(self, step: int) -> StepPlan:
         """Freeze the plan; O(tokens), a fixed number of array operations for the decodes."""
-        return self._build_mixture(step) if self._prefills else self._build_decodes(step)
-
-    def _build_decodes(self, step: int) -> StepPlan:
-        running, (extension,) = self._running, self._extensions
-        count = len(self.decodes)
-        every = running.long_numbers[:count]
-        return StepPlan(
-            step=step,
-            seqs=self._seqs,
-            rows=self.decodes,
-            token_ids=running.last_token_ids if running.steady else self._decoded_tokens(),
-            positions=extension.positions,
-            query_lens=running.ones[:count],
-            seq_lens=extension.seq_lens,
-            cu_seqlens_q=running.numbers[: count + 1],
-            slot_mapping=extension.slot_mapping,
-            block_tables=_readonly(self._manager.table.block_tables),
-            copies=extension.copies,
-            num_decodes=count,
-            logits_indices=every,
-            sampling_seqs=every,
-            sampling_logits=every,
-        )
+        if self._prefills:
+            return self._build_mixture(step)
+        (extension,) = self._extensions
+        return plan_of_decodes(step, self._manager, self._running, (self._seqs, self.decodes, self._decoded_tokens()), extension)
 
     def _build_mixture(self, step: int) -> StepPlan:
         table, parts = self._manager.table, self._extensions
@@ -132,7 +113,33 @@ class PlanBuilder:
         return indices, sampling, np.searchsorted(indices, last[sampling])
 
 
+def plan_of_decodes(
+    step: int, manager: KVCacheManager, running: RunningSet, decodes: tuple[Int64Array, Int64Array, Int32Array], extension: Extension
+) -> StepPlan:
+    """The plan of a step in which every sequence computes one token and samples: their handles, rows and tokens are ``decodes``."""
+    seqs, rows, token_ids = decodes
+    count = len(rows)
+    every = running.long_numbers[:count]
+    return StepPlan(
+        step=step,
+        seqs=seqs,
+        rows=rows,
+        token_ids=token_ids,
+        positions=extension.positions,
+        query_lens=running.ones[:count],
+        seq_lens=extension.seq_lens,
+        cu_seqlens_q=running.numbers[: count + 1],
+        slot_mapping=extension.slot_mapping,
+        block_tables=_readonly(manager.table.block_tables),
+        copies=extension.copies,
+        num_decodes=count,
+        logits_indices=every,
+        sampling_seqs=every,
+        sampling_logits=every,
+    )
+
+
 def _readonly(array: Int32Array) -> Int32Array:
     view = array.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view

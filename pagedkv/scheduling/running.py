@@ -35,7 +35,7 @@ class RunningSet:
         self._members: list[int] = []
         self._rows: Int64Array | None = None
         self._seqs = np.zeros(0, dtype=np.int64)
-        self._steady: _SteadyRows | None = None
+        self._steady: SteadyRows | None = None
         self.ones = _frozen(np.ones(size, dtype=np.int32))
         self.numbers = _frozen(np.arange(size + 1, dtype=np.int32))
         self.long_numbers = _frozen(np.arange(size, dtype=np.int64))
@@ -115,28 +115,16 @@ class RunningSet:
         self._rows = self._steady = None
 
     @property
-    def steady(self) -> bool:
-        """Whether it is known that all running rows decode: they all got a token in the last step and the set has not changed since."""
-        return self._steady is not None
-
-    @property
-    def last_token_ids(self) -> Int32Array:
-        """``[n]`` int32 the tokens that the running rows got in the last step, frozen; only while they are steady."""
-        if self._steady is None:
-            raise LookupError("the running rows did not all get a token in the last step")
-        return self._steady.token_ids
+    def steady(self) -> SteadyRows | None:
+        """The running rows when it is known that all of them decode: all got a token in the last step, and the set is the same since."""
+        return self._steady
 
     def note_tokens(self, rows: Int64Array, token_ids: Int32Array) -> None:
         """Note what tokens these rows got, -1 for none; the running set is steady from now on if they are all of it, by identity."""
-        if rows is not self._rows or int(token_ids[token_ids.argmin()]) < 0:
-            self._steady = None
-            return
-        if self._steady is None:
+        self._steady = None
+        if rows is self._rows and int(token_ids[token_ids.argmin()]) >= 0:
             headroom = self.limits[rows] - self._table.num_tokens[rows]
-            self._steady = _SteadyRows(token_ids, self._stops[rows].T.copy(), int(headroom.min()))
-        else:
-            self._steady.token_ids = token_ids
-            self._steady.headroom -= 1
+            self._steady = SteadyRows(self.seqs, rows, token_ids, self._stops[rows].T.copy(), int(headroom.min()))
 
     def remaining(self) -> Int32Array:
         """``[n]`` known tokens of each running row that are still to compute now."""
@@ -146,8 +134,6 @@ class RunningSet:
 
     def ended(self, rows: Int64Array, token_ids: Int32Array) -> tuple[Int64Array, BoolArray]:
         """Which of these branches end with the tokens that they have just got, and which of those by a stop id, not by their length."""
-        if self._steady is not None and self._steady.all_go_on(token_ids):
-            return self.long_numbers[:0], np.zeros(0, dtype=np.bool_)
         known = self._table.num_tokens[rows]
         stopped = (self._stops[rows] == token_ids[:, None]).any(axis=1)
         stopped &= known >= self.minimums[rows]
@@ -179,22 +165,30 @@ class RunningSet:
 
 
 @dataclass(slots=True, eq=False)
-class _SteadyRows:
-    """What there is to know of the running rows to see that none of them ends, while all of them get a token in each step.
+class SteadyRows:
+    """Running rows that all get a token in each step, and what there is to know to see that none of them ends.
 
     Attributes:
+        seqs, rows: ``[n]`` int64 their handles and themselves.
         token_ids: ``[n]`` int32 the tokens they got last, frozen.
         stops: ``[K, n]`` int32 the ids that end each of them.
         headroom: tokens that each of them may get before the first ends for its length.
     """
 
+    seqs: Int64Array
+    rows: Int64Array
     token_ids: Int32Array
     stops: Int32Array
     headroom: int
 
     def all_go_on(self, token_ids: Int32Array) -> bool:
-        """Whether no row ends with these tokens, which it has just got."""
-        return self.headroom > 1 and not np.count_nonzero(self.stops == token_ids)
+        """Whether all have got a token now, and it is plain that none ends with it."""
+        return self.headroom > 1 and not np.count_nonzero(self.stops == token_ids) and int(token_ids[token_ids.argmin()]) >= 0
+
+    def go_on(self, token_ids: Int32Array) -> None:
+        """Note the tokens that all have got."""
+        self.token_ids = token_ids
+        self.headroom -= 1
 
 
 def _frozen(array: _Array) -> _Array:

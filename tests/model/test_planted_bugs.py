@@ -324,7 +324,7 @@ SCHEDULER_BUGS = {
     "min_tokens is ignored": changed(RunningSet, "add", stop_too_early),
     "max_tokens is off by one": changed(RunningSet, "add", stop_one_token_late),
     "a trunk computes the token that its forks should": changed(RunningSet, "add", compute_the_trunks_last_token),
-    "an abort during a step is forgotten": changed(Scheduler, "_take_doomed", lambda right, *_: []),
+    "an abort during a step is forgotten": changed(Scheduler, "_end_doomed", lambda right, *_: None),
     "who waits for a prefix is never woken": changed(WaitingQueue, "wake", lambda right, *_: None),
 }
 
