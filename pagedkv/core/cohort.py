@@ -74,16 +74,16 @@ class Cohort:
 
     def extend(self) -> Extension:
         """One more slot for each member; raises ``OutOfBlocksError`` before any change."""
-        table, wave, reservations = self._table, self._wave(self._clock), self._reservations
+        table, reservations = self._table, self._reservations
+        wave = self._waves[self._clock] or self._wave(self._clock)
         count = len(wave.members)
         slots = self._slots + _ONE_64
         if count:
             reservations.check_available([count] * len(slots))
-            wave.cells += _ONE_64
-            wave.num_blocks += _ONE_32
+            wave.counters += _ONE_64
             opened = reservations.open_blocks(wave.cells)
             for places, ids in zip(slots, opened, strict=True):
-                places[wave.members] = ids * self._size
+                places[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
             wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]
             table.num_blocks[wave.rows] = wave.num_blocks
         table.num_reserved[self._rows] = self._seq_lens
@@ -95,7 +95,7 @@ class Cohort:
         """The step is computed and every member gets a token: ``[n]`` int32, none below 0."""
         table, rows = self._table, self._rows
         table.num_computed[rows] = self._seq_lens
-        table.token_ids.reshape(-1)[self._token_cells] = token_ids
+        table.flat_token_ids[self._token_cells] = token_ids
         self._token_cells += _ONE_64
         self._positions, self._seq_lens = self._seq_lens, _frozen(self._seq_lens + _ONE_32)
         table.num_tokens[rows] = self._seq_lens
@@ -103,14 +103,16 @@ class Cohort:
         self._steps_left -= 1
         self._clock = (self._clock + 1) % len(self._waves)
         if self._publication is not None:
-            self._publish(self._wave(self._clock), self._publication)  # who opens a block next has just filled the last
+            wave = self._waves[self._clock] or self._wave(self._clock)  # who opens a block next has just filled the last
+            if len(wave.members):
+                self._publish(wave, self._publication)
 
     def _publish(self, wave: _Wave, publication: Publication) -> None:
         if wave.is_public:
             wave.blocks = publication.publish_singles(wave.cells, wave.parents, wave.blocks, wave.roots)
             self._table.num_published[wave.rows] = wave.num_blocks
-        elif len(wave.members):
-            publication.publish(wave.rows, wave.num_blocks)
+        else:
+            publication.publish(wave.rows, wave.num_blocks.astype(np.int32))
 
     def _slots_behind(self, positions: Int32Array) -> Int64Array:
         """``[G, n]`` the slots of the last tokens that have one; where a block is opened next, what stands here does not matter."""
@@ -127,9 +129,10 @@ class Cohort:
             rows = self._rows[members]
             num_blocks, roots = table.num_blocks[rows], table.roots[rows]
             cells = table.cells(rows, num_blocks - 1)
+            cells, num_held = counters = np.stack([cells, num_blocks])
             blocks, parents = (table.blocks_at(cells - back, num_blocks - 1 - back, roots) for back in (0, 1))
-            is_public = 0 < len(members) == np.count_nonzero(roots)
-            wave = self._waves[clock] = _Wave(members, rows, cells, num_blocks, parents, blocks, roots.tolist(), is_public)
+            is_public = np.count_nonzero(roots) == len(roots)
+            wave = self._waves[clock] = _Wave(members, rows, counters, cells, num_held, parents, blocks, roots.tolist(), is_public)
         return wave
 
 
@@ -140,17 +143,19 @@ class _Wave:
     Attributes:
         members: ``[w]`` int64 places in the cohort.
         rows: ``[w]`` int64 rows of the table.
-        cells: ``[w]`` int64 flat places of their last blocks in a group's block table.
-        num_blocks: ``[w]`` int32 blocks that they hold.
+        counters: ``[2, w]`` int64 the two that follow, which grow together.
+        cells: ``[w]`` int64 flat places of their last blocks in a group's block table; a view.
+        num_blocks: ``[w]`` int64 blocks that they hold; a view.
         parents, blocks: per layer group, the ids of their last blocks but one and of their last blocks; the root where there is none.
         roots: their namespace roots.
-        is_public: whether there are any, and all of them may publish.
+        is_public: whether all of them may publish.
     """
 
     members: Int64Array
     rows: Int64Array
+    counters: Int64Array
     cells: Int64Array
-    num_blocks: Int32Array
+    num_blocks: Int64Array
     parents: list[list[int]]
     blocks: list[list[int]]
     roots: list[int]

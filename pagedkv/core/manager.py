@@ -23,6 +23,7 @@ from pagedkv.errors import ConfigError, InvalidRequestError, StaleHandleError, U
 from pagedkv.plan import Int32Array, Int64Array
 
 _NO_TOKEN = -1
+_INT32 = np.dtype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,7 +261,7 @@ class KVCacheManager:
         """
         if self._cohort is not None and next_token_ids is not None and self._cohort.can_complete(seqs):
             tokens = _as_counts(next_token_ids, len(seqs))
-            if int(tokens[tokens.argmin()]) > _NO_TOKEN:
+            if tokens.item(tokens.argmin()) > _NO_TOKEN:
                 self._cohort.complete(tokens)
                 return
         rows = self._rows_to_change(seqs)
@@ -573,7 +574,8 @@ def _as_counts(values: Sequence[int] | Int32Array, length: int) -> Int32Array:
     counts = _as_integers(values, "numbers")
     if len(counts) != length:
         raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {len(counts)}")
-    if counts.dtype != np.int32 and length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
+    if counts.dtype == _INT32:
+        return counts  # type: ignore[return-value]  # what was just compared is more than mypy can tell
+    if length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
         raise InvalidRequestError(f"expected 32-bit integers, got {int(counts.min())} to {int(counts.max())}")
-    narrow: Int32Array = counts.astype(np.int32, copy=False)
-    return narrow
+    return counts.astype(np.int32)

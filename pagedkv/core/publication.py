@@ -51,13 +51,13 @@ class Publication:
         Returns:
             Per group, the ``n`` blocks that stand in the table from now on.
         """
-        contents = self._table.token_ids.reshape(-1, self._size).take(cells, axis=0)
+        contents = self._table.flat_token_ids.reshape(-1, self._size).take(cells, axis=0)
         settled = []
-        for tables, group, before, given in zip(self._table.block_tables, self._groups, parents, blocks, strict=True):
+        for tables, group, before, given in zip(self._table.flat_block_tables, self._groups, parents, blocks, strict=True):
             holders = group.publish(before, contents, given, roots)
             if holders != given:
                 self.num_deduplicated += sum(holder != block for holder, block in zip(holders, given, strict=True))
-                tables.reshape(-1)[cells] = holders
+                tables[cells] = holders
             settled.append(holders)
         return settled
 

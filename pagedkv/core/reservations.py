@@ -73,9 +73,9 @@ class Reservations:
     def open_blocks(self, cells: Int64Array) -> list[Int32Array]:
         """Take a block for each of these flat places of every group's table; the caller has checked that they can be had."""
         opened = []
-        for tables, group in zip(self._table.block_tables, self._groups, strict=True):
+        for tables, group in zip(self._table.flat_block_tables, self._groups, strict=True):
             ids = group.take(len(cells))
-            tables.reshape(-1)[cells] = ids
+            tables[cells] = ids
             opened.append(ids)
         return opened
 
@@ -165,8 +165,8 @@ class Reservations:
 
     def _slots(self, cells: Int64Array, offsets: Int32Array) -> Int64Array:
         slots = np.empty((len(self._groups), len(cells)), dtype=np.int64)
-        for index, tables in enumerate(self._table.block_tables):
-            slots[index] = tables.reshape(-1).take(cells)
+        for index, tables in enumerate(self._table.flat_block_tables):
+            slots[index] = tables.take(cells)
         slots *= self._size
         slots += offsets
         return slots

@@ -14,7 +14,8 @@ from pagedkv.core import SequenceTable
 from pagedkv.plan import BoolArray, Int32Array, Int64Array
 from pagedkv.scheduling.request import Branch
 
-_NO_STOP = -2  # not -1, which stands for a token that could not be sampled
+_NO_TOKEN = -1  # could not be sampled
+_NO_STOP = -2
 _Array = TypeVar("_Array", Int32Array, Int64Array)
 
 
@@ -124,7 +125,8 @@ class RunningSet:
         self._steady = None
         if rows is self._rows and int(token_ids[token_ids.argmin()]) >= 0:
             headroom = self.limits[rows] - self._table.num_tokens[rows]
-            self._steady = SteadyRows(self.seqs, rows, token_ids, self._stops[rows].T.copy(), int(headroom.min()))
+            special = np.concatenate([self._stops[rows].T, np.full((1, len(rows)), _NO_TOKEN, dtype=np.int32)])
+            self._steady = SteadyRows(self.seqs, rows, token_ids, special, int(headroom.min()))
 
     def remaining(self) -> Int32Array:
         """``[n]`` known tokens of each running row that are still to compute now."""
@@ -171,19 +173,19 @@ class SteadyRows:
     Attributes:
         seqs, rows: ``[n]`` int64 their handles and themselves.
         token_ids: ``[n]`` int32 the tokens they got last, frozen.
-        stops: ``[K, n]`` int32 the ids that end each of them.
+        special: ``[K, n]`` int32 the ids that need a closer look: those that end each of them, and -1 for a token that is missing.
         headroom: tokens that each of them may get before the first ends for its length.
     """
 
     seqs: Int64Array
     rows: Int64Array
     token_ids: Int32Array
-    stops: Int32Array
+    special: Int32Array
     headroom: int
 
     def all_go_on(self, token_ids: Int32Array) -> bool:
         """Whether all have got a token now, and it is plain that none ends with it."""
-        return self.headroom > 1 and not np.count_nonzero(self.stops == token_ids) and int(token_ids[token_ids.argmin()]) >= 0
+        return self.headroom > 1 and not np.count_nonzero(self.special == token_ids)
 
     def go_on(self, token_ids: Int32Array) -> None:
         """Note the tokens that all have got."""

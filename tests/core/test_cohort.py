@@ -17,9 +17,7 @@ class Twins:
 
     def __init__(self, num_blocks: int | list[int] = 64, *, caching: bool = True, max_seq_len: int = 40) -> None:
         self.managers = [
-            KVCacheManager(
-                num_blocks=num_blocks, block_size=4, max_num_seqs=8, max_seq_len=max_seq_len, enable_prefix_caching=caching
-            )
+            KVCacheManager(num_blocks=num_blocks, block_size=4, max_num_seqs=8, max_seq_len=max_seq_len, enable_prefix_caching=caching)
             for _ in range(2)
         ]
         for manager in self.managers:
