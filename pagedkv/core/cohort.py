@@ -80,7 +80,8 @@ class Cohort:
         slots = self._slots + _ONE_64
         if count:
             reservations.check_available([count] * len(slots))
-            wave.counters += _ONE_64
+            wave.cells += _ONE_64
+            wave.num_blocks += _ONE_32
             opened = reservations.open_blocks(wave.cells)
             for places, ids in zip(slots, opened, strict=True):
                 places[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
@@ -112,7 +113,7 @@ class Cohort:
             wave.blocks = publication.publish_singles(wave.cells, wave.parents, wave.blocks, wave.roots)
             self._table.num_published[wave.rows] = wave.num_blocks
         else:
-            publication.publish(wave.rows, wave.num_blocks.astype(np.int32))
+            publication.publish(wave.rows, wave.num_blocks)
 
     def _slots_behind(self, positions: Int32Array) -> Int64Array:
         """``[G, n]`` the slots of the last tokens that have one; where a block is opened next, what stands here does not matter."""
@@ -129,10 +130,9 @@ class Cohort:
             rows = self._rows[members]
             num_blocks, roots = table.num_blocks[rows], table.roots[rows]
             cells = table.cells(rows, num_blocks - 1)
-            cells, num_held = counters = np.stack([cells, num_blocks])
             blocks, parents = (table.blocks_at(cells - back, num_blocks - 1 - back, roots) for back in (0, 1))
             is_public = np.count_nonzero(roots) == len(roots)
-            wave = self._waves[clock] = _Wave(members, rows, counters, cells, num_held, parents, blocks, roots.tolist(), is_public)
+            wave = self._waves[clock] = _Wave(members, rows, cells, num_blocks, parents, blocks, roots.tolist(), is_public)
         return wave
 
 
@@ -143,9 +143,8 @@ class _Wave:
     Attributes:
         members: ``[w]`` int64 places in the cohort.
         rows: ``[w]`` int64 rows of the table.
-        counters: ``[2, w]`` int64 the two that follow, which grow together.
-        cells: ``[w]`` int64 flat places of their last blocks in a group's block table; a view.
-        num_blocks: ``[w]`` int64 blocks that they hold; a view.
+        cells: ``[w]`` int64 flat places of their last blocks in a group's block table.
+        num_blocks: ``[w]`` int32 blocks that they hold.
         parents, blocks: per layer group, the ids of their last blocks but one and of their last blocks; the root where there is none.
         roots: their namespace roots.
         is_public: whether all of them may publish.
@@ -153,9 +152,8 @@ class _Wave:
 
     members: Int64Array
     rows: Int64Array
-    counters: Int64Array
     cells: Int64Array
-    num_blocks: Int64Array
+    num_blocks: Int32Array
     parents: list[list[int]]
     blocks: list[list[int]]
     roots: list[int]
