@@ -122,17 +122,15 @@ class Cohort:
         return blocks * self._size + (positions - 1) % self._size
 
     def _wave(self, clock: int) -> _Wave:
-        """Who opens a block at this time."""
-        wave = self._waves[clock]
-        if wave is None:
-            table = self._table
-            members = (self._openings == clock).nonzero()[0]
-            rows = self._rows[members]
-            num_blocks, roots = table.num_blocks[rows], table.roots[rows]
-            cells = table.cells(rows, num_blocks - 1)
-            blocks, parents = (table.blocks_at(cells - back, num_blocks - 1 - back, roots) for back in (0, 1))
-            is_public = np.count_nonzero(roots) == len(roots)
-            wave = self._waves[clock] = _Wave(members, rows, cells, num_blocks, parents, blocks, roots.tolist(), is_public)
+        """Find out who opens a block at this time, and what is known of them now."""
+        table = self._table
+        members = (self._openings == clock).nonzero()[0]
+        rows = self._rows[members]
+        num_blocks, roots = table.num_blocks[rows], table.roots[rows]
+        cells = table.cells(rows, num_blocks - 1)
+        blocks, parents = (table.blocks_at(cells - back, num_blocks - 1 - back, roots) for back in (0, 1))
+        is_public = np.count_nonzero(roots) == len(roots)
+        wave = self._waves[clock] = _Wave(members, rows, cells, num_blocks, parents, blocks, roots.tolist(), is_public)
         return wave
 
 

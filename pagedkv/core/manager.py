@@ -242,9 +242,12 @@ class KVCacheManager:
         if not isinstance(num_new_tokens, int) or num_new_tokens != 1:
             self._cohort = None
             return self._reservations.grow(*self._reservation(seqs, num_new_tokens))
-        if self._cohort is not None and self._cohort.can_extend(seqs):
-            return self._cohort.extend()
-        return self._extend_by_one(seqs)
+        cohort, self._cohort = self._cohort, None  # forgotten, should it not come through: the table alone is sure to be right then
+        if cohort is None or not cohort.can_extend(seqs):
+            return self._extend_by_one(seqs)
+        extension = cohort.extend()
+        self._cohort = cohort
+        return extension
 
     def complete(self, seqs: Sequence[int] | Int64Array, next_token_ids: Sequence[int] | Int32Array | None = None) -> None:
         """Note that all reserved tokens are computed and publish the blocks that became full; append each sequence's next token.
@@ -259,10 +262,13 @@ class KVCacheManager:
 
         Cost: a fixed number of array operations plus about 1 microsecond for each block that became full.
         """
-        if self._cohort is not None and next_token_ids is not None and self._cohort.can_complete(seqs):
+        cohort = self._cohort
+        if cohort is not None and next_token_ids is not None and cohort.can_complete(seqs):
             tokens = _as_counts(next_token_ids, len(seqs))
             if tokens.item(tokens.argmin()) > _NO_TOKEN:
-                self._cohort.complete(tokens)
+                self._cohort = None  # as in ``extend``
+                cohort.complete(tokens)
+                self._cohort = cohort
                 return
         rows = self._rows_to_change(seqs)
         nexts = None if next_token_ids is None else self._check_next(rows, next_token_ids)
@@ -458,8 +464,9 @@ class KVCacheManager:
                 handles, rows, table=table, reservations=self._reservations, publication=publication, max_seq_len=self._max_seq_len
             )
             if cohort.can_extend(seqs):
+                extension = cohort.extend()
                 self._cohort = cohort
-                return cohort.extend()
+                return extension
         return self._reservations.grow_by_one(rows, start)
 
     def _may_decode_together(self, rows: Int64Array, start: Int32Array) -> bool:

@@ -291,12 +291,15 @@ class Scheduler:
         steady = self._running.steady
         if steady is None or len(self._waiting):
             return None
+        decodes = (steady.seqs, steady.rows, steady.token_ids)
         try:
             extension = self.manager.extend(steady.seqs, 1)
+            return plan_of_decodes(self._step, self.manager, self._running, decodes, extension)
         except OutOfBlocksError:
             return None
-        decodes = (steady.seqs, steady.rows, steady.token_ids)
-        return plan_of_decodes(self._step, self.manager, self._running, decodes, extension)
+        except BaseException:
+            self.manager.cancel(steady.seqs)  # whatever went wrong, no slots stay reserved for a step that will not come
+            raise
 
     def _plan_anew(self) -> StepPlan | None:
         builder = self._schedule()
