@@ -5,6 +5,8 @@ Owns the rule that a block leaves the prefix cache in the same breath in which t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pagedkv.core.block_pool import BlockPool
@@ -37,6 +39,20 @@ class LayerGroup:
             self.num_evicted += len(allocation.evicted)
         return allocation.block_ids
 
+    def publish(self, parents: Sequence[int], token_ids: Int32Array, block_ids: Sequence[int], roots: Sequence[int]) -> list[int]:
+        """Make full blocks findable; arguments as for ``PrefixCache.publish``. The caller has one reference on each block.
+
+        Returns:
+            ``n`` ids of the blocks that the caller's references are on from now on.
+        """
+        known = len(self.cache)
+        holders = self.cache.publish(parents, token_ids, block_ids, roots)
+        if len(self.cache) - known == len(block_ids):  # all of them are new: there is nothing to tell apart
+            self.pool.mark_cached(block_ids)
+        else:
+            self.settle(np.array(block_ids, dtype=np.int32), np.array(holders, dtype=np.int32))
+        return holders
+
     def settle(self, block_ids: Int32Array, holders: Int32Array) -> int:
         """After publishing: note the new blocks as cached and swap each duplicate for the block that holds its content already.
 
@@ -49,11 +65,11 @@ class LayerGroup:
         """
         twins = holders != block_ids
         num_twins = int(np.count_nonzero(twins))
-        fresh = holders[~twins] if num_twins else holders
-        known = self.pool.cached[fresh]
+        fresh = holders[~twins]
+        known = self.pool.is_cached(fresh)
         if np.count_nonzero(known):
             fresh = fresh[~known]
-        self.pool.mark_cached(fresh)
+        self.pool.mark_cached(fresh.tolist())
         if num_twins:
             self.pool.acquire(holders[twins])
             self.pool.release(block_ids[twins])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagedkv.core import auditing
+from pagedkv.core.cohort import Cohort
 from pagedkv.core.eviction import EvictionPolicy
 from pagedkv.core.layer_group import LayerGroup
 from pagedkv.core.prefix_cache import Namespaces
@@ -22,6 +23,7 @@ from pagedkv.errors import ConfigError, InvalidRequestError, StaleHandleError, U
 from pagedkv.plan import Int32Array, Int64Array
 
 _NO_TOKEN = -1
+_INT32 = np.dtype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +98,7 @@ class KVCacheManager:
         self._next_pin = 1
         self._reservations = Reservations(self._table, self._groups, block_size=block_size)
         self._publication = Publication(self._table, self._groups, block_size=block_size)
+        self._cohort: Cohort | None = None
         self._query_tokens = self._hit_tokens = 0
 
     # Questions: they change nothing.
@@ -200,6 +203,7 @@ class KVCacheManager:
         self._check_open(tokens, names)
         caching = self._caching and use_cache
         matches = [self._match(prompt[:-1], name) if caching else None for prompt, name in zip(tokens, names, strict=True)]
+        self._cohort = None  # the table may have to grow
         rows, seqs = self._table.open_rows(len(tokens))
         cached = np.zeros(len(tokens), dtype=np.int32)
         for index, (row, prompt, name, match) in enumerate(zip(rows.tolist(), tokens, names, matches, strict=True)):
@@ -232,15 +236,18 @@ class KVCacheManager:
             InvalidRequestError: a count below 1, or more tokens than are known.
             OutOfBlocksError: fewer blocks than needed even after evicting all that is evictable; carries both counts.
 
-        Cost: a fixed number of array operations plus O(blocks added).
+        Cost: a fixed number of array operations plus O(blocks added); the fewest where one token is asked for with the same frozen array of
+        handles step after step.
         """
-        if isinstance(num_new_tokens, int) and num_new_tokens == 1:
-            rows = self.rows_of(seqs)
-            start = self._table.num_reserved[rows]
-            if np.count_nonzero(start < self._table.num_tokens[rows]) != len(rows):
-                self._refuse_reservation(rows, num_new_tokens)
-            return self._reservations.grow_by_one(rows, start)
-        return self._reservations.grow(*self._reservation(seqs, num_new_tokens))
+        if not isinstance(num_new_tokens, int) or num_new_tokens != 1:
+            self._cohort = None
+            return self._reservations.grow(*self._reservation(seqs, num_new_tokens))
+        cohort, self._cohort = self._cohort, None  # forgotten, should it not come through: the table alone is sure to be right then
+        if cohort is None or not cohort.can_extend(seqs):
+            return self._extend_by_one(seqs)
+        extension = cohort.extend()
+        self._cohort = cohort
+        return extension
 
     def complete(self, seqs: Sequence[int] | Int64Array, next_token_ids: Sequence[int] | Int32Array | None = None) -> None:
         """Note that all reserved tokens are computed and publish the blocks that became full; append each sequence's next token.
@@ -255,15 +262,23 @@ class KVCacheManager:
 
         Cost: a fixed number of array operations plus about 1 microsecond for each block that became full.
         """
-        rows = self.rows_of(seqs)
-        tokens = None if next_token_ids is None else self._check_next(rows, next_token_ids)
+        cohort = self._cohort
+        if cohort is not None and next_token_ids is not None and cohort.can_complete(seqs):
+            tokens = _as_counts(next_token_ids, len(seqs))
+            if tokens.item(tokens.argmin()) > _NO_TOKEN:
+                self._cohort = None  # as in ``extend``
+                cohort.complete(tokens)
+                self._cohort = cohort
+                return
+        rows = self._rows_to_change(seqs)
+        nexts = None if next_token_ids is None else self._check_next(rows, next_token_ids)
         table = self._table
         computed = table.num_reserved[rows]
         table.num_computed[rows] = computed
         if table.some_copy_pending:
             table.clear_copies(rows)
-        if tokens is not None:
-            self._append_tokens(rows, *tokens)
+        if nexts is not None:
+            self._append_tokens(rows, *nexts)
         if self._caching:
             full = computed // self._block_size
             behind = (full > table.num_published[rows]).nonzero()[0]
@@ -272,7 +287,7 @@ class KVCacheManager:
 
     def append(self, seqs: Sequence[int] | Int64Array, token_ids: Sequence[int] | Int32Array) -> None:
         """Make one more token of each sequence known without computing anything; arguments and errors as for ``complete``."""
-        rows = self.rows_of(seqs)
+        rows = self._rows_to_change(seqs)
         self._append_tokens(rows, *self._check_next(rows, token_ids))
 
     def cancel(self, seqs: Sequence[int] | Int64Array) -> None:
@@ -280,7 +295,7 @@ class KVCacheManager:
 
         A block copy that was planned may not have been made, so its tokens count as not computed any more.
         """
-        rows = self.rows_of(seqs)
+        rows = self._rows_to_change(seqs)
         table = self._table
         kept = table.num_computed[rows]
         kept = np.where(table.copy_pending[rows], kept // self._block_size * self._block_size, kept)
@@ -298,7 +313,7 @@ class KVCacheManager:
 
         Cost: O(count x blocks of the sequence); no block is copied or allocated.
         """
-        (row,) = self.rows_of([seq]).tolist()
+        (row,) = self._rows_to_change([seq]).tolist()
         table = self._table
         if count < 1:
             raise InvalidRequestError(f"fork count is {count}: it must be at least 1")
@@ -324,7 +339,7 @@ class KVCacheManager:
             UnknownHandleError, StaleHandleError: naming the handle.
             InvalidRequestError: a length below 1 or beyond what is known.
         """
-        rows = self.rows_of(seqs)
+        rows = self._rows_to_change(seqs)
         lengths = _as_counts(num_tokens, len(rows))
         known = self._table.num_tokens[rows]
         if len(rows) and (int(lengths.min()) < 1 or (lengths > known).any()):
@@ -343,7 +358,7 @@ class KVCacheManager:
         Raises:
             UnknownHandleError, StaleHandleError: naming the handle; a second release is stale.
         """
-        rows = self.rows_of(seqs)
+        rows = self._rows_to_change(seqs)
         for index, group in enumerate(self._groups):
             group.pool.release(self._table_ids(index, rows, tail_first=True))
         self._table.close_rows(rows)
@@ -385,6 +400,7 @@ class KVCacheManager:
         root = self._namespaces.find(namespace)
         if root is None:
             return 0
+        self._cohort = None
         purged = 0
         for group in self._groups:
             ids = group.cache.blocks_of(root)
@@ -429,6 +445,35 @@ class KVCacheManager:
         auditing.check(self._table, self._groups, self._pins)
 
     # How it is done.
+
+    def _rows_to_change(self, seqs: Sequence[int] | Int64Array) -> Int64Array:
+        """Rows of live handles, for a command that changes them: what the cohort has worked out ahead does not hold any more."""
+        self._cohort = None
+        return self.rows_of(seqs)
+
+    def _extend_by_one(self, seqs: Sequence[int] | Int64Array) -> Extension:
+        table, again = self._table, self._table.recognises(seqs)
+        rows = self._rows_to_change(seqs)
+        start = table.num_reserved[rows]
+        if np.count_nonzero(start < table.num_tokens[rows]) != len(rows):
+            self._refuse_reservation(rows, 1)
+        if again and self._may_decode_together(rows, start):
+            handles: Int64Array = seqs  # type: ignore[assignment]  # the table recognises nothing but arrays
+            publication = self._publication if self._caching else None
+            cohort = Cohort(
+                handles, rows, table=table, reservations=self._reservations, publication=publication, max_seq_len=self._max_seq_len
+            )
+            if cohort.can_extend(seqs):
+                extension = cohort.extend()
+                self._cohort = cohort
+                return extension
+        return self._reservations.grow_by_one(rows, start)
+
+    def _may_decode_together(self, rows: Int64Array, start: Int32Array) -> bool:
+        """Whether all that these sequences know is computed, but for one token of each, and none of them has to copy its last block."""
+        table = self._table
+        ready = (table.num_computed[rows] == start) & (table.num_tokens[rows] == start + 1) & ~table.tail_shared[rows]
+        return 0 < len(rows) == np.count_nonzero(ready)
 
     def _match(self, tokens: Int32Array, namespace: str) -> Match:
         root = self._namespaces.find(namespace)
@@ -536,7 +581,8 @@ def _as_counts(values: Sequence[int] | Int32Array, length: int) -> Int32Array:
     counts = _as_integers(values, "numbers")
     if len(counts) != length:
         raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {len(counts)}")
-    if counts.dtype != np.int32 and length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
+    if counts.dtype == _INT32:
+        return counts  # type: ignore[return-value]  # what was just compared is more than mypy can tell
+    if length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
         raise InvalidRequestError(f"expected 32-bit integers, got {int(counts.min())} to {int(counts.max())}")
-    narrow: Int32Array = counts.astype(np.int32, copy=False)
-    return narrow
+    return counts.astype(np.int32)

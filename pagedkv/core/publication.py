@@ -31,27 +31,41 @@ class Publication:
         first = self._table.num_published[rows]
         single = full - first == 1
         if np.count_nonzero(single) == len(single):
-            self._publish_singles(rows, first, roots)
+            self._publish_row_blocks(rows, first, roots)
         else:
             if np.count_nonzero(single):
-                self._publish_singles(rows[single], first[single], roots[single])
+                self._publish_row_blocks(rows[single], first[single], roots[single])
             for row, begin, end in zip(rows[~single].tolist(), first[~single].tolist(), full[~single].tolist(), strict=True):
                 self._publish_chain(row, begin, end)
         self._table.num_published[rows] = full
 
-    def _publish_singles(self, rows: Int64Array, column: Int32Array, roots: Int32Array) -> None:
-        cells = self._table.cells(rows, column)
-        contents = self._table.token_ids.reshape(-1, self._size).take(cells, axis=0)
-        has_parent = column > 0
-        for tables, group in zip(self._table.block_tables, self._groups, strict=True):
-            flat = tables.reshape(-1)
-            blocks, parents = flat.take(cells), flat.take(cells - 1, mode="wrap")
-            if np.count_nonzero(has_parent) < len(column):
-                parents = np.where(has_parent, parents, roots)
-            holders = group.cache.publish(parents, contents, blocks, roots)
-            if group.settle(blocks, holders):
-                self.num_deduplicated += int(np.count_nonzero(holders != blocks))
-                flat[cells] = holders
+    def publish_singles(self, cells: Int64Array, parents: list[list[int]], blocks: list[list[int]], roots: list[int]) -> list[list[int]]:
+        """Make one full block of each of ``n`` rows findable, and leave it to the caller to count it as published.
+
+        Args:
+            cells: ``[n]`` int64 flat places of the blocks in a group's table.
+            parents: per group, the ``n`` blocks before; the root where there is none.
+            blocks: per group, the ``n`` blocks.
+            roots: the rows' ``n`` namespace roots, none of them 0.
+
+        Returns:
+            Per group, the ``n`` blocks that stand in the table from now on.
+        """
+        contents = self._table.flat_token_ids.reshape(-1, self._size).take(cells, axis=0)
+        settled = []
+        for tables, group, before, given in zip(self._table.flat_block_tables, self._groups, parents, blocks, strict=True):
+            holders = group.publish(before, contents, given, roots)
+            if holders != given:
+                self.num_deduplicated += sum(holder != block for holder, block in zip(holders, given, strict=True))
+                tables[cells] = holders
+            settled.append(holders)
+        return settled
+
+    def _publish_row_blocks(self, rows: Int64Array, columns: Int32Array, roots: Int32Array) -> None:
+        table = self._table
+        cells = table.cells(rows, columns)
+        parents, blocks = table.blocks_at(cells - 1, columns - 1, roots), table.blocks_at(cells, columns, roots)
+        self.publish_singles(cells, parents, blocks, roots.tolist())
 
     def _publish_chain(self, row: int, begin: int, end: int) -> None:
         table, size = self._table, self._size

@@ -23,11 +23,13 @@ class Extension:
     Attributes:
         slot_mapping: ``[G, T]`` int64 slots, ``block_id * block_size + offset``.
         positions: ``[T]`` int32 positions of the tokens in their sequences.
+        seq_lens: ``[S]`` int32 tokens with a slot in each sequence, these included.
         copies: per group, ``[C, 2]`` int32 (source, target) blocks to copy before anything is written.
     """
 
     slot_mapping: Int64Array
     positions: Int32Array
+    seq_lens: Int32Array
     copies: tuple[Int32Array, ...]
 
 
@@ -38,7 +40,7 @@ class Reservations:
         self._table = table
         self._groups = groups
         self._size = block_size
-        self._no_copies = (np.zeros((0, 2), dtype=np.int32),) * len(groups)
+        self.no_copies = (np.zeros((0, 2), dtype=np.int32),) * len(groups)
         self.num_copies = 0
 
     def grow_by_one(self, rows: Int64Array, start: Int32Array) -> Extension:
@@ -49,12 +51,10 @@ class Reservations:
         fresh = (offsets == 0).nonzero()[0]  # a table holds exactly the blocks that its slots need, so only a full one grows
         copies = self._prepare(rows, len(fresh))
         if len(fresh):
-            at = cells[fresh]
-            for tables, group in zip(self._table.block_tables, self._groups, strict=True):
-                tables.reshape(-1)[at] = group.take(len(fresh))
+            self.open_blocks(cells[fresh])
             self._table.num_blocks[rows[fresh]] = columns[fresh] + 1
-        self._table.num_reserved[rows] = start + 1
-        return Extension(self._slots(cells, offsets), start, copies)
+        self._table.num_reserved[rows] = end = start + 1
+        return Extension(self._slots(cells, offsets), start, end, copies)
 
     def grow(self, rows: Int64Array, start: Int32Array, end: Int32Array) -> Extension:
         """Slots from ``start`` to before ``end`` in each row; raises ``OutOfBlocksError`` before any change."""
@@ -68,7 +68,22 @@ class Reservations:
         positions = ranges(start, counts)
         columns, offsets = np.divmod(positions, self._size)
         cells = self._table.cells(np.repeat(rows, counts), columns)
-        return Extension(self._slots(cells, offsets), positions, copies)
+        return Extension(self._slots(cells, offsets), positions, end, copies)
+
+    def open_blocks(self, cells: Int64Array) -> list[Int32Array]:
+        """Take a block for each of these flat places of every group's table; the caller has checked that they can be had."""
+        opened = []
+        for tables, group in zip(self._table.flat_block_tables, self._groups, strict=True):
+            ids = group.take(len(cells))
+            tables[cells] = ids
+            opened.append(ids)
+        return opened
+
+    def check_available(self, needed: list[int]) -> None:
+        """Raise ``OutOfBlocksError`` unless every group has so many blocks to give."""
+        for count, group in zip(needed, self._groups, strict=True):
+            if count > group.pool.num_available:
+                raise OutOfBlocksError(needed=count, available=group.pool.num_available)
 
     def missing_blocks(self, rows: Int64Array, end: Int32Array) -> Int32Array:
         """Blocks that each row's table lacks for ``end`` tokens, without copies."""
@@ -97,18 +112,13 @@ class Reservations:
     def _prepare(self, rows: Int64Array, num_new_blocks: int) -> tuple[Int32Array, ...]:
         """Check that all blocks can be had, then copy the shared tails: nothing can fail after the first change."""
         if not self._table.some_tail_shared:
-            self._check_available([num_new_blocks] * len(self._groups))
-            return self._no_copies
+            self.check_available([num_new_blocks] * len(self._groups))
+            return self.no_copies
         tails = self._tails_to_copy(rows)
-        self._check_available([num_new_blocks + len(writers) for writers in tails])
+        self.check_available([num_new_blocks + len(writers) for writers in tails])
         copies = tuple(self._copy_tails(index, writers) for index, writers in enumerate(tails))
         self._table.unmark_tails(rows)  # copied, or found to be held by nobody else
         return copies
-
-    def _check_available(self, needed: list[int]) -> None:
-        for count, group in zip(needed, self._groups, strict=True):
-            if count > group.pool.num_available:
-                raise OutOfBlocksError(needed=count, available=group.pool.num_available)
 
     def _tails_to_copy(self, rows: Int64Array) -> list[Int64Array]:
         """Per group, the rows that must copy their half-full last block before they write on in it."""
@@ -130,7 +140,7 @@ class Reservations:
 
     def _copy_tails(self, index: int, rows: Int64Array) -> Int32Array:
         if not len(rows):
-            return self._no_copies[index]
+            return self.no_copies[index]
         group, table = self._groups[index], self._table
         where = table.num_blocks[rows] - 1
         source = table.block_tables[index, rows, where]
@@ -155,8 +165,8 @@ class Reservations:
 
     def _slots(self, cells: Int64Array, offsets: Int32Array) -> Int64Array:
         slots = np.empty((len(self._groups), len(cells)), dtype=np.int64)
-        for index, tables in enumerate(self._table.block_tables):
-            slots[index] = tables.reshape(-1).take(cells)
+        for index, tables in enumerate(self._table.flat_block_tables):
+            slots[index] = tables.take(cells)
         slots *= self._size
         slots += offsets
         return slots

@@ -30,6 +30,7 @@ class SequenceTable:
     Attributes:
         block_tables: ``[G, R, M]`` int32, null block where a table has ended.
         token_ids: ``[R, M * B]`` int32 known tokens.
+        flat_block_tables, flat_token_ids: the same memory without rows: per group ``[R * M]``, and ``[R * M * B]``; see ``cells``.
         num_tokens: ``[R]`` int32 known tokens.
         num_reserved: ``[R]`` int32 tokens that have a slot; the scheduled ones included.
         num_computed: ``[R]`` int32 tokens whose K/V is stored.
@@ -44,8 +45,9 @@ class SequenceTable:
         self._block_size = block_size
         self._max_blocks = max_blocks
         columns = min(max_blocks, 16)
-        self.block_tables = np.zeros((num_groups, max_num_seqs, columns), dtype=np.int32)
-        self.token_ids = np.zeros((max_num_seqs, columns * block_size), dtype=np.int32)
+        self._lay_out(
+            np.zeros((num_groups, max_num_seqs, columns), dtype=np.int32), np.zeros((max_num_seqs, columns * block_size), dtype=np.int32)
+        )
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_reserved = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int32)
@@ -70,6 +72,11 @@ class SequenceTable:
     def max_num_seqs(self) -> int:
         """Rows in all."""
         return len(self._handles)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self._block_size
 
     @property
     def max_tokens(self) -> int:
@@ -100,6 +107,16 @@ class SequenceTable:
         places += columns
         return places
 
+    def blocks_at(self, cells: Int64Array, columns: Int32Array, roots: Int32Array) -> list[list[int]]:
+        """Per group, the blocks in these flat places, which are in these columns; the row's root where the column is before the first."""
+        blocks = self.block_tables.reshape(len(self.block_tables), -1)[:, cells]
+        chosen: list[list[int]] = np.where(columns < 0, roots, blocks).tolist()
+        return chosen
+
+    def recognises(self, seqs: object) -> bool:
+        """Whether this is the frozen array of the last look-up, whose handles are all as live as they were then."""
+        return seqs is self._last_seqs and self._last_epoch == self._epoch
+
     def rows_of(self, seqs: Int64Array) -> Int64Array:
         """Rows of distinct live handles; a fixed number of array operations, one comparison for the frozen array of the last call.
 
@@ -107,7 +124,7 @@ class SequenceTable:
             UnknownHandleError, StaleHandleError: naming the first wrong handle.
             InvalidRequestError: a handle is given twice.
         """
-        if seqs is self._last_seqs and self._last_epoch == self._epoch:
+        if self.recognises(seqs):
             return self._last_rows
         rows: Int64Array = seqs & _ROW_MASK
         if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):
@@ -175,7 +192,7 @@ class SequenceTable:
         tables[:, :, :have] = self.block_tables
         tokens = np.zeros((rows, columns * self._block_size), dtype=np.int32)
         tokens[:, : self.token_ids.shape[1]] = self.token_ids
-        self.block_tables, self.token_ids = tables, tokens
+        self._lay_out(tables, tokens)
 
     def snapshot(self, row: int) -> SequenceSnapshot:
         """One live row, copied out."""
@@ -190,6 +207,11 @@ class SequenceTable:
             block_tables=tuple(tuple(ids[row, :held].tolist()) for ids in self.block_tables),
             block_size=self._block_size,
         )
+
+    def _lay_out(self, block_tables: Int32Array, token_ids: Int32Array) -> None:
+        self.block_tables, self.token_ids = block_tables, token_ids
+        self.flat_block_tables = tuple(tables.reshape(-1) for tables in block_tables)
+        self.flat_token_ids = token_ids.reshape(-1)
 
     def _refuse(self, seqs: Int64Array) -> None:
         rows = seqs & _ROW_MASK

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 
 from pagedkv.core import Extension, KVCacheManager
 from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.scheduling.running import RunningSet
-
-_Array = TypeVar("_Array", Int32Array, Int64Array)
 
 
 class PlanBuilder:
@@ -24,7 +20,7 @@ class PlanBuilder:
     def __init__(self, manager: KVCacheManager, running: RunningSet) -> None:
         self._manager = manager
         self._running = running
-        self.decodes: Int64Array = np.zeros(0, dtype=np.int64)
+        self.decodes: Int64Array = running.long_numbers[:0]
         self._seqs = self.decodes
         self._prefills: list[tuple[int, int, int]] = []  # row, first position, tokens
         self._extensions: list[Extension] = []
@@ -65,45 +61,46 @@ class PlanBuilder:
 
     def build(self, step: int) -> StepPlan:
         """Freeze the plan; O(tokens), a fixed number of array operations for the decodes."""
-        table, decodes, seqs = self._manager.table, self.decodes, self._seqs
-        num_decodes = len(decodes)
-        rows, cu_seqlens_q = decodes, self._running.numbers[: num_decodes + 1]
-        query_lens = self._running.ones[:num_decodes]
-        positions = self._extensions[0].positions if num_decodes else query_lens
-        tokens = table.token_ids.reshape(-1).take(decodes * table.token_ids.shape[1] + positions)
         if self._prefills:
-            rows = np.concatenate([decodes, np.array([row for row, _, _ in self._prefills], dtype=np.int64)])
-            seqs = table.handles_of(rows)
-            query_lens = np.concatenate([query_lens, np.array([count for _, _, count in self._prefills], dtype=np.int32)])
-            cu_seqlens_q = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(query_lens, dtype=np.int32)])
-            tokens = np.concatenate([tokens, *(table.token_ids[row, at : at + count] for row, at, count in self._prefills)])
-            positions = _joined([extension.positions for extension in self._extensions], axis=0)
+            return self._build_mixture(step)
+        (extension,) = self._extensions
+        return plan_of_decodes(step, self._manager, self._running, (self._seqs, self.decodes, self._decoded_tokens()), extension)
+
+    def _build_mixture(self, step: int) -> StepPlan:
+        table, parts = self._manager.table, self._extensions
+        rows = np.concatenate([self.decodes, np.array([row for row, _, _ in self._prefills], dtype=np.int64)])
+        ones = self._running.ones[: len(self.decodes)]
+        query_lens = np.concatenate([ones, np.array([count for _, _, count in self._prefills], dtype=np.int32)])
+        cu_seqlens_q = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(query_lens, dtype=np.int32)])
+        chunks = [table.token_ids[row, at : at + count] for row, at, count in self._prefills]
         logits, sampling, sampled_from = self._logits(rows, cu_seqlens_q)
         groups = range(self._manager.num_groups)
         return StepPlan(
             step=step,
-            seqs=seqs,
+            seqs=table.handles_of(rows),
             rows=rows,
-            token_ids=tokens,
-            positions=positions,
+            token_ids=np.concatenate([self._decoded_tokens(), *chunks]),
+            positions=np.concatenate([part.positions for part in parts]),
             query_lens=query_lens,
-            seq_lens=table.num_reserved[rows],
+            seq_lens=np.concatenate([part.seq_lens for part in parts]),
             cu_seqlens_q=cu_seqlens_q,
-            slot_mapping=_joined([extension.slot_mapping for extension in self._extensions], axis=1),
+            slot_mapping=np.concatenate([part.slot_mapping for part in parts], axis=1),
             block_tables=_readonly(table.block_tables),
-            copies=tuple(_joined([extension.copies[group] for extension in self._extensions], axis=0) for group in groups),
-            num_decodes=num_decodes,
+            copies=tuple(np.concatenate([part.copies[group] for part in parts]) for group in groups),
+            num_decodes=len(self.decodes),
             logits_indices=logits,
             sampling_seqs=sampling,
             sampling_logits=sampled_from,
         )
 
+    def _decoded_tokens(self) -> Int32Array:
+        table, rows = self._manager.table, self.decodes
+        tokens: Int32Array = table.token_ids[rows, table.num_tokens[rows] - 1]  # what decodes computes the one token that has no slot yet
+        return tokens
+
     def _logits(self, rows: Int64Array, cu_seqlens_q: Int32Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Which packed tokens need logits, which sequences sample, and from which of those logits."""
         table = self._manager.table
-        if not self._prefills:
-            every = self._running.long_numbers[: len(rows)]
-            return every, every, every
         last = cu_seqlens_q[1:].astype(np.int64) - 1
         sampling = np.flatnonzero(table.num_reserved[rows] == table.num_tokens[rows])
         if not self._running.prompt_logits[rows].any():
@@ -116,11 +113,33 @@ class PlanBuilder:
         return indices, sampling, np.searchsorted(indices, last[sampling])
 
 
-def _joined(parts: list[_Array], *, axis: int) -> _Array:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+def plan_of_decodes(
+    step: int, manager: KVCacheManager, running: RunningSet, decodes: tuple[Int64Array, Int64Array, Int32Array], extension: Extension
+) -> StepPlan:
+    """The plan of a step in which every sequence computes one token and samples: their handles, rows and tokens are ``decodes``."""
+    seqs, rows, token_ids = decodes
+    count = len(rows)
+    every = running.long_numbers[:count]
+    return StepPlan(
+        step=step,
+        seqs=seqs,
+        rows=rows,
+        token_ids=token_ids,
+        positions=extension.positions,
+        query_lens=running.ones[:count],
+        seq_lens=extension.seq_lens,
+        cu_seqlens_q=running.numbers[: count + 1],
+        slot_mapping=extension.slot_mapping,
+        block_tables=_readonly(manager.table.block_tables),
+        copies=extension.copies,
+        num_decodes=count,
+        logits_indices=every,
+        sampling_seqs=every,
+        sampling_logits=every,
+    )
 
 
 def _readonly(array: Int32Array) -> Int32Array:
     view = array.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view

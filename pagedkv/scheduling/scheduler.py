@@ -27,7 +27,7 @@ from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.scheduling.admission import Admission
 from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import EventKind
-from pagedkv.scheduling.planning import PlanBuilder
+from pagedkv.scheduling.planning import PlanBuilder, plan_of_decodes
 from pagedkv.scheduling.policies import FirstComeFirstServed, SchedulingPolicy
 from pagedkv.scheduling.preemption import choose_victims
 from pagedkv.scheduling.request import Branch, FinishReason, Request, RequestRecord, Status
@@ -168,17 +168,10 @@ class Scheduler:
             raise InvariantError("the last plan is outstanding: complete or undo it first")
         if not self._records:
             return None
-        builder = self._schedule()
-        while not builder.num_tokens:
-            if not self._records:
-                return None
-            if not len(self._running):
-                raise InvariantError(f"nothing could be scheduled although {self.num_waiting} wait and nothing runs")
-            self._make_room(needed=1)
-            builder = self._schedule()
-        plan = builder.build(self._step)
-        self._step += 1
-        self._outstanding = plan
+        plan = self._plan_as_before() or self._plan_anew()
+        if plan is not None:
+            self._step += 1
+            self._outstanding = plan
         return plan
 
     def complete(self, plan: StepPlan, token_ids: Int32Array) -> None:
@@ -193,7 +186,8 @@ class Scheduler:
             InvalidRequestError: another plan, another number of tokens, or a token below -1; the plan stays outstanding.
         """
         self._check_outstanding(plan)
-        sampled = np.asarray(token_ids, dtype=np.int32)
+        sampled = np.array(token_ids, dtype=np.int32)  # a copy: the next plan shows it
+        sampled.setflags(write=False)
         if sampled.shape != plan.sampling_seqs.shape:
             raise InvalidRequestError(f"the plan samples {len(plan.sampling_seqs)} tokens, got an array of shape {sampled.shape}")
         if len(sampled) == plan.num_seqs:
@@ -204,13 +198,16 @@ class Scheduler:
             rows = plan.rows[plan.sampling_seqs]
         self.manager.complete(plan.seqs, next_ids)
         self._outstanding = None
-        if not self._running.steady:
-            self._after_prefills(rows)
-        self._end_branches(rows, sampled)
-        if rows is self._running.rows and int(sampled.min()) >= 0:
-            self._running.note_steady(rows)
-        for request_id in self._take_doomed():
-            self.abort(request_id)
+        steady = self._running.steady
+        if steady is not None and steady.all_go_on(sampled):
+            steady.go_on(sampled)
+        else:
+            if steady is None:
+                self._after_prefills(rows)
+            self._end_branches(rows, sampled)
+            self._running.note_tokens(rows, sampled)
+        if self._doomed:
+            self._end_doomed()
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
@@ -219,8 +216,8 @@ class Scheduler:
         self._outstanding = None
         for row in plan.rows.tolist():
             self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
-        for request_id in self._take_doomed():
-            self.abort(request_id)
+        if self._doomed:
+            self._end_doomed()
 
     def abort(self, request_id: str) -> bool:
         """End a request now, keeping what it has; during a step, right after it.
@@ -289,6 +286,32 @@ class Scheduler:
 
     # How it is done.
 
+    def _plan_as_before(self) -> StepPlan | None:
+        """The next decode of all that runs, where nothing has changed since the last; None where there is more to decide."""
+        steady = self._running.steady
+        if steady is None or len(self._waiting):
+            return None
+        decodes = (steady.seqs, steady.rows, steady.token_ids)
+        try:
+            extension = self.manager.extend(steady.seqs, 1)
+            return plan_of_decodes(self._step, self.manager, self._running, decodes, extension)
+        except OutOfBlocksError:
+            return None
+        except BaseException:
+            self.manager.cancel(steady.seqs)  # whatever went wrong, no slots stay reserved for a step that will not come
+            raise
+
+    def _plan_anew(self) -> StepPlan | None:
+        builder = self._schedule()
+        while not builder.num_tokens:
+            if not self._records:
+                return None
+            if not len(self._running):
+                raise InvariantError(f"nothing could be scheduled although {self.num_waiting} wait and nothing runs")
+            self._make_room(needed=1)
+            builder = self._schedule()
+        return builder.build(self._step)
+
     def _schedule(self) -> PlanBuilder:
         builder = PlanBuilder(self.manager, self._running)
         try:
@@ -311,16 +334,15 @@ class Scheduler:
             self._fork_ready()
 
     def _end_branches(self, rows: Int64Array, token_ids: Int32Array) -> None:
-        stopped, too_long = self._running.ended(rows, token_ids)
-        ends = (stopped | too_long).nonzero()[0]
-        for row, token, stop in zip(rows[ends].tolist(), token_ids[ends].tolist(), stopped[ends].tolist(), strict=True):
+        ends, stopped = self._running.ended(rows, token_ids)
+        for row, token, stop in zip(rows[ends].tolist(), token_ids[ends].tolist(), stopped.tolist(), strict=True):
             branch = self._running.branch(row)
             stop_reason = token if stop and token not in branch.request.eos_token_ids else None
             self._finish(branch, "stop" if stop else "length", stop_reason)
 
     def _decoding_rows(self) -> Int64Array:
         rows = self._running.rows
-        if self._running.steady:
+        if self._running.steady is not None:
             return rows
         decoding = self._running.remaining() == 1
         if self._running.num_trunks:
@@ -385,6 +407,8 @@ class Scheduler:
             self._waiting.push(branch)
 
     def _admit(self, builder: PlanBuilder, *, preempted: bool) -> None:
+        if not len(self._waiting):
+            return
         self._admission.begin_step()
         while builder.num_tokens < self.config.max_num_batched_tokens:
             ticket = self._admission.next(self._step, preempted=preempted)
@@ -480,9 +504,11 @@ class Scheduler:
         if plan is not self._outstanding:
             raise InvalidRequestError("this plan is not the outstanding one: each plan is completed or undone exactly once")
 
-    def _take_doomed(self) -> list[str]:
-        doomed, self._doomed = list(self._doomed), {}
-        return doomed
+    def _end_doomed(self) -> None:
+        """End what was aborted during the step."""
+        doomed, self._doomed = self._doomed, {}
+        for request_id in doomed:
+            self.abort(request_id)
 
 
 def _age(branch: Branch) -> tuple[int, int]:

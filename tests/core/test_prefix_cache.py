@@ -59,8 +59,8 @@ def test_publish_chain_of_known_content_names_the_older_blocks() -> None:
 
 def test_publish_behind_a_parent_continues_the_chain() -> None:
     cache = chain_cache()
-    holders = cache.publish(ids(3, ROOT), np.array([[6, 7], [9, 9]], dtype=np.int32), ids(4, 5), ids(ROOT, ROOT))
-    assert holders.tolist() == [4, 5]
+    holders = cache.publish([3, ROOT], np.array([[6, 7], [9, 9]], dtype=np.int32), [4, 5], [ROOT, ROOT])
+    assert holders == [4, 5]
     assert cache.match(ROOT, ids(*range(8))) == [1, 2, 3, 4]
     assert cache.match(ROOT, ids(9, 9)) == [5]
     cache.check()
@@ -68,15 +68,15 @@ def test_publish_behind_a_parent_continues_the_chain() -> None:
 
 def test_publish_same_content_twice_in_one_call_keeps_one() -> None:
     cache = PrefixCache(9, block_size=2)
-    holders = cache.publish(ids(ROOT, ROOT), np.array([[1, 1], [1, 1]], dtype=np.int32), ids(3, 4), ids(ROOT, ROOT))
-    assert holders.tolist() == [3, 3]
+    holders = cache.publish([ROOT, ROOT], np.array([[1, 1], [1, 1]], dtype=np.int32), [3, 4], [ROOT, ROOT])
+    assert holders == [3, 3]
     assert len(cache) == 1
     cache.check()
 
 
 def test_publish_same_block_again_changes_nothing() -> None:
     cache = chain_cache()
-    assert cache.publish(ids(ROOT), np.array([[0, 1]], dtype=np.int32), ids(1), ids(ROOT)).tolist() == [1]
+    assert cache.publish([ROOT], np.array([[0, 1]], dtype=np.int32), [1], [ROOT]) == [1]
     assert cache.publish_chain(1, np.array([[2, 3]], dtype=np.int32), ids(2), ROOT).tolist() == [2]
     assert len(cache) == 3
     cache.check()
@@ -135,7 +135,7 @@ def test_remove_unpublished_block_is_refused_and_changes_nothing() -> None:
 def test_remove_then_publish_other_content_finds_only_the_new() -> None:
     cache = chain_cache()
     cache.remove(ids(3))
-    cache.publish(ids(ROOT), np.array([[4, 5]], dtype=np.int32), ids(3), ids(ROOT))
+    cache.publish([ROOT], np.array([[4, 5]], dtype=np.int32), [3], [ROOT])
     assert cache.match(ROOT, ids(*range(6))) == [1, 2]
     assert cache.match(ROOT, ids(4, 5)) == [3]
 

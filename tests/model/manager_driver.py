@@ -10,10 +10,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 from reference_manager import Block, ReferenceManager, RefusedError
 
 from pagedkv.core import Extension, KVCacheManager
 from pagedkv.errors import InvalidRequestError, OutOfBlocksError, StaleHandleError, UnknownHandleError
+from pagedkv.plan import Int64Array
 
 ORACLES = ("audit", "data", "reference")
 NAMES = ("", "tenant")
@@ -76,6 +78,9 @@ class ManagerDriver:
         self.step: Step | None = None
         self.released: list[int] = []
         self.num_operations = 0
+        # Decode steps pass one frozen array as long as they are of the same sequences, as a scheduler does: the manager recognises it.
+        self.decoding = np.zeros(0, dtype=np.int64)
+        self.num_steps_on = 0  # decode steps right behind one of the same sequences
 
     @property
     def live(self) -> list[int]:
@@ -111,13 +116,14 @@ class ManagerDriver:
             assert isinstance(error, OutOfBlocksError)
             self._agree("needed and available", (error.needed, error.available), (refusal.needed, refusal.available))
             return
-        extension = self.manager.extend(handles, 1 if set(counts) == {1} else counts)
+        extension = self.manager.extend(self._same_array(handles), 1) if set(counts) == {1} else self.manager.extend(handles, counts)
         stamps = [
             (self.model.seqs[handle].name, tuple(self.tokens(handle)[: position + 1]))
             for handle, start, count in zip(handles, starts, counts, strict=True)
             for position in range(start, start + count)
         ]
         assert extension.positions.tolist() == [len(history) - 1 for _, history in stamps]
+        assert extension.seq_lens.tolist() == [start + count for start, count in zip(starts, counts, strict=True)]
         self.step = Step(handles, extension, stamps, set(handles))
 
     def run(self, next_tokens: list[int], *, completing: int | None = None) -> None:
@@ -130,10 +136,21 @@ class ManagerDriver:
         self.step = None
         done = handles[:completing]
         nexts = [self._admissible(handle, token) for handle, token in zip(done, next_tokens, strict=False)]
-        self.manager.complete(done, nexts)
+        self.manager.complete(self.decoding if done == self.decoding.tolist() else done, nexts)
         self.model.complete(done, nexts)
-        self.manager.cancel(handles[len(done) :])
-        self.model.cancel(handles[len(done) :])
+        if done != handles:
+            self.manager.cancel(handles[len(done) :])
+            self.model.cancel(handles[len(done) :])
+
+    def decode(self, next_tokens: list[int]) -> None:
+        """A whole step of all sequences that know just one token whose K/V is not stored."""
+        assert self.step is None
+        handles = [handle for handle in self.live if self.unreserved(handle) == 1 and not self._has_reserved(handle)]
+        if handles:
+            self.num_steps_on += handles == self.decoding.tolist()
+            self.begin(handles, [1] * len(handles))
+        if self.step is not None:
+            self.run((next_tokens * len(handles))[: len(handles)])
 
     def fail(self, *, copies_made: bool) -> None:
         """The forward pass fails, before or after the block copies."""
@@ -273,6 +290,16 @@ class ManagerDriver:
         assert self.manager.snapshot() == before, f"{raised!r} was raised after a change"
         return raised
 
+    def _has_reserved(self, handle: int) -> bool:
+        seq = self.model.seqs[handle]
+        return seq.reserved != seq.computed
+
+    def _same_array(self, handles: list[int]) -> Int64Array:
+        if self.decoding.tolist() != handles:
+            self.decoding = np.array(handles, dtype=np.int64)
+            self.decoding.flags.writeable = False
+        return self.decoding
+
     def _copy_blocks(self, extension: Extension) -> None:
         size = self.shape.block_size
         for data, copies in zip(self.data, extension.copies, strict=True):
@@ -309,6 +336,10 @@ class RandomRun:
             self._end_step()
         elif not driver.live or kind < 0.2:
             driver.open(*self._prompts())
+        elif driver.step is None and kind < 0.4:
+            for _ in range(rng.randint(1, 2 * driver.shape.block_size)):
+                driver.decode([self._token() if rng.random() < 0.97 else -1 for _ in driver.live])
+                driver.verify()
         elif driver.step is None and kind < 0.65:
             self._begin_step()
         elif kind < 0.75:

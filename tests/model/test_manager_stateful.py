@@ -60,6 +60,13 @@ class ManagerMachine(RuleBasedStateMachine):
     def run(self, tokens: list[int], completing: int | None) -> None:
         self.driver.run(tokens, completing=completing)
 
+    @precondition(lambda self: self.has_live() and not self.has_step())
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4), steps=st.integers(1, 6))
+    def decode(self, tokens: list[int], steps: int) -> None:
+        for _ in range(steps):
+            self.driver.decode(tokens)
+            self.driver.verify()
+
     @precondition(has_step)
     @rule(copies_made=st.booleans())
     def fail(self, copies_made: bool) -> None:

@@ -15,6 +15,7 @@ from manager_driver import ORACLES, RandomRun
 from scheduler_driver import run_seed
 
 from pagedkv.core import Extension, KVCacheManager, Opened
+from pagedkv.core.cohort import Cohort
 from pagedkv.core.eviction import LeastRecentlyUsed
 from pagedkv.core.layer_group import LayerGroup
 from pagedkv.core.prefix_cache import Namespaces, PrefixCache
@@ -25,7 +26,7 @@ from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.scheduling import Branch, Scheduler
 from pagedkv.scheduling.admission import Admission
 from pagedkv.scheduling.planning import PlanBuilder
-from pagedkv.scheduling.running import RunningSet
+from pagedkv.scheduling.running import RunningSet, SteadyRows
 from pagedkv.scheduling.waiting import WaitingQueue
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -175,6 +176,26 @@ def copy_without_need(right: Callable[..., Int64Array], reservations: Reservatio
     return rows
 
 
+def keep_cohort(right: Callable[..., Int64Array], manager: KVCacheManager, seqs: Sequence[int]) -> Int64Array:
+    return manager.rows_of(seqs)
+
+
+def settle_later(right: Callable[..., None], cohort: Cohort, wave: object, publication: Publication) -> None:
+    right(cohort, cohort._wave((cohort._clock + 1) % cohort._size), publication)
+
+
+def open_too_late(right: Callable[..., object], cohort: Cohort, clock: int) -> object:
+    return right(cohort, (clock - 1) % int(cohort._size))
+
+
+def take_tails_for_own(right: Callable[..., bool], manager: KVCacheManager, rows: Int64Array, start: Int32Array) -> bool:
+    shared = manager.table.tail_shared[rows]
+    manager.table.tail_shared[rows] = False
+    answer = right(manager, rows, start)
+    manager.table.tail_shared[rows] = shared
+    return answer
+
+
 def one_namespace_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("find", "intern"):
         changed(Namespaces, name, lambda right, names, _: right(names, ""))(monkeypatch)
@@ -221,7 +242,7 @@ MANAGER_BUGS = [
     Bug("blocks are let go of head first", changed(KVCacheManager, "_table_ids", let_go_head_first), ("audit", "data", "reference")),
     Bug(
         "only the first group is asked for room",
-        changed(Reservations, "_check_available", check_first_group_only),
+        changed(Reservations, "check_available", check_first_group_only),
         ("audit", "data", "reference"),
     ),
     Bug("a purged sequence goes on publishing", changed(KVCacheManager, "purge", keep_publishing_after_purge), ("reference",)),
@@ -233,6 +254,10 @@ MANAGER_BUGS = [
     ),
     Bug("a block's key does not name its parent", changed(PrefixCache, "publish", one_parent_for_all), ("data", "reference")),
     Bug("released handles are accepted", changed(SequenceTable, "rows_of", accept_old_handles), ("audit", "data", "reference")),
+    Bug("a cohort outlives other commands", changed(KVCacheManager, "_rows_to_change", keep_cohort), ("audit", "data", "reference")),
+    Bug("a cohort opens blocks a step late", changed(Cohort, "_wave", open_too_late), ("audit", "data", "reference")),
+    Bug("a cohort publishes another wave", changed(Cohort, "_publish", settle_later), ("audit", "data", "reference")),
+    Bug("a cohort writes into shared tails", changed(KVCacheManager, "_may_decode_together", take_tails_for_own), ("reference",)),
     Bug(
         "a tail is copied though nobody shares it",
         changed(Reservations, "_writers_to_copy", copy_without_need),
@@ -314,7 +339,12 @@ def compute_the_trunks_last_token(right: Callable[..., None], running: RunningSe
     running.hold[branch.row] = 0
 
 
+def overlook_ends(right: Callable[..., bool], steady: SteadyRows, token_ids: Int32Array) -> bool:
+    return True
+
+
 SCHEDULER_BUGS = {
+    "nobody ends while all decode": changed(SteadyRows, "all_go_on", overlook_ends),
     "an undone step keeps its slots": changed(KVCacheManager, "cancel", keep_reservations),
     "every chunk samples": changed(PlanBuilder, "_logits", sample_from_every_chunk),
     "a plan loses its copies": changed(PlanBuilder, "build", plan_without_copies),
@@ -324,7 +354,7 @@ SCHEDULER_BUGS = {
     "min_tokens is ignored": changed(RunningSet, "add", stop_too_early),
     "max_tokens is off by one": changed(RunningSet, "add", stop_one_token_late),
     "a trunk computes the token that its forks should": changed(RunningSet, "add", compute_the_trunks_last_token),
-    "an abort during a step is forgotten": changed(Scheduler, "_take_doomed", lambda right, *_: []),
+    "an abort during a step is forgotten": changed(Scheduler, "_end_doomed", lambda right, *_: None),
     "who waits for a prefix is never woken": changed(WaitingQueue, "wake", lambda right, *_: None),
 }
 

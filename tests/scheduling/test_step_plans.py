@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from scheduling_helpers import complete, make_scheduler, plan_of, record_of, run, running, step, submit
 
+from pagedkv.core import KVCacheManager, LeastRecentlyUsed
+from pagedkv.plan import Int32Array
+from pagedkv.scheduling import Scheduler
+
 
 def test_plan_of_two_prefills_holds_what_was_worked_out_by_hand() -> None:
     scheduler = make_scheduler(9)
@@ -209,3 +213,40 @@ def test_stop_id_as_the_last_possible_token_is_a_stop() -> None:
     step(scheduler, token=50)
     (branch,) = record_of(scheduler, "a").branches
     assert (branch.finish_reason, len(branch.output_token_ids)) == ("stop", 2)
+
+
+class Moody(LeastRecentlyUsed):
+    """An eviction policy that fails when it is told to."""
+
+    fails = False
+
+    def pop(self, count: int) -> Int32Array:
+        if self.fails:
+            raise RuntimeError("not today")
+        return super().pop(count)
+
+
+def test_plan_of_a_steady_step_that_fails_leaves_nothing_reserved_and_can_be_made_again() -> None:
+    policies: list[Moody] = []
+
+    def policy(num_blocks: int) -> Moody:
+        policies.append(Moody(num_blocks))
+        return policies[0]
+
+    manager = KVCacheManager(num_blocks=7, block_size=4, max_num_seqs=2, policy=policy)
+    scheduler = Scheduler(manager)
+    submit(scheduler, "old", 16, 1)
+    run(scheduler)
+    submit(scheduler, "a", [90, 91, 92, 93, 94], 17)
+    for token in range(4):
+        step(scheduler, token=token)
+    reserved = manager.statistics().num_reserved_tokens
+    policies[0].fails = True  # the next step opens a block, and all but those of "a" are cached
+    with pytest.raises(RuntimeError, match="not today"):
+        scheduler.plan()
+    manager.check()
+    assert manager.statistics().num_reserved_tokens == reserved
+    policies[0].fails = False
+    run(scheduler, token=5)
+    (branch,) = record_of(scheduler, "a").branches
+    assert branch.output_token_ids.tolist() == [0, 1, 2, 3, *[5] * 13]
