@@ -48,7 +48,8 @@ class ModelRunner:
         pack_linears: whether linear layers run with weights repacked for oneDNN, those that read the same input as one
             product; on the CPU only. True: all that can be. False: none. ``"auto"``: those large enough to gain (with one
             thread and AVX2, an output head at most), where the copies take at most half of the free memory. The copies are in
-            float32 where the processor has no instructions for the weights' own half precision, and stay beside the model's own weights; ``packing`` says how much they take. Weights that are changed between steps are
+            float32 where the processor has no instructions for the weights' own half precision, and stay beside the model's
+            own weights; ``packing`` says how much they take. Weights that are changed between steps are
             packed again by the next one. Seen are other parameters or storages and all changes that torch counts; of changes
             in place through ``weight.data``, which it does not count, those that touch one of 16 numbers of the layer, as
             merging an adapter does: to write to a few rows, use ``torch.no_grad()`` instead.
