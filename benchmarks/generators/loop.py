@@ -1,8 +1,8 @@
 """The inner side of the pipe: read a workload from standard input, answer it, write the answer. Standard library only.
 
-One JSON object a line each way. The first line in says how to load, the first line out who answers in which variants, or why nobody does;
-every further line in is a workload and the number of the variant that is to answer it. What the rival prints itself goes to standard
-error, so that it cannot mix with the answers.
+One JSON object a line each way. The first line in says how to load, the first line out who answers in which variants; every further line in
+is a workload and the number of the variant that is to answer it. A line out may be the reason why there is no answer. What the rival prints
+itself goes to standard error, so that it cannot mix with the answers.
 """
 
 from __future__ import annotations
@@ -48,28 +48,39 @@ class Setup:
 
 
 def serve(load: Callable[[Setup], Sequence[Contestant]]) -> None:
-    """Load, then answer until standard input ends.
+    """Load, then answer workloads.
 
     Args:
-        load: makes the variants that can answer. ``Missing`` from it is said without a traceback.
+        load: makes the variants that can answer.
+    """
+
+    def begin(setup: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
+        variants = load(Setup(**setup))
+        return {"labels": [variant.label for variant in variants]}, lambda order: _answer(variants[order["variant"]], order)
+
+    converse(begin)
+
+
+def converse(begin: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]]) -> None:
+    """Read an object a line and answer each, until standard input ends.
+
+    Args:
+        begin: given the first object, returns the answer to it and what answers all others. An exception from it, or from what it
+            returns, is sent instead of the answer; ``Missing`` is said without a traceback's words.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    setup = Setup(**json.loads(sys.stdin.readline()))
     try:
-        variants = load(setup)
+        greeting, answer = begin(json.loads(sys.stdin.readline()))
     except Exception as error:
-        _say(out, {"missing": _reason(error)})
+        _say(out, {"error": _reason(error)})
         return
-    _say(out, {"labels": [variant.label for variant in variants]})
+    _say(out, greeting)
     for line in sys.stdin:
-        order = json.loads(line)
         try:
-            _say(out, _answer(variants[order["variant"]], order))
+            _say(out, answer(json.loads(line)))
         except Exception as error:  # whatever a rival raises becomes a row of the table
             _say(out, {"error": _reason(error)})
-    for variant in variants:
-        variant.close()
 
 
 def _answer(contestant: Contestant, order: dict[str, Any]) -> dict[str, Any]:

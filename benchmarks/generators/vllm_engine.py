@@ -16,6 +16,7 @@ from contest import Answer, Contestant, Watch
 from workloads import Workload
 
 from generators.loop import Missing, Setup, serve
+from generators.vllm_start import load_first_what_vllm_wants, loaded_first
 
 
 class VllmEngine:
@@ -30,7 +31,7 @@ class VllmEngine:
 
         self._params: Any = vllm.SamplingParams
         compiled = bool(setup.options["compiled"])
-        self.label = f"vLLM {vllm.__version__}, {'compiled' if compiled else 'eager'}, {setup.dtype}"
+        self.label = ", ".join([f"vLLM {vllm.__version__}", "compiled" if compiled else "eager", setup.dtype, *loaded_first()])
         self._llm: Any = vllm.LLM(
             model=setup.folder,
             dtype=setup.dtype,
@@ -68,4 +69,5 @@ def load(setup: Setup) -> Sequence[Contestant]:
 
 
 if __name__ == "__main__":
+    load_first_what_vllm_wants(__file__)
     serve(load)
