@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +58,9 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{_short(self.median)} ({_short(self.low)}..{_short(self.high)})"
+
+
+Figure = Spread | float | int | str | list[float] | None
 
 
 def timed(call: Callable[[], object], repeats: int, *, warmup: int = 1, prepare: Callable[[], object] | None = None) -> list[float]:
@@ -141,8 +145,8 @@ class Report:
         sys.stdout.flush()
         self._content["tables"].append({"title": title, "columns": list(columns), "rows": cells})
 
-    def figure(self, name: str, value: Spread | float | int | str) -> None:
-        """Keep one figure, unrounded, under a name for the JSON file."""
+    def figure(self, name: str, value: Figure) -> None:
+        """Keep one figure, unrounded, or the figures of each round, under a name for the JSON file."""
         self._content["figures"][name] = asdict(value) if isinstance(value, Spread) else value
 
     def note(self, text: str) -> None:
@@ -165,6 +169,11 @@ def command_line() -> str:
     """The command as typed, with every path but the script's own replaced: results are published."""
     words = [word if os.sep not in word else "PATH" for word in sys.argv[1:]]
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def without_paths(text: str) -> str:
+    """A message, an error's for example, with every path replaced: results are published."""
+    return re.sub(r"[^\s'\"(=]*/[^\s'\":,)]*", lambda match: match[0] if match[0].count("/") == 1 and match[0][0] != "/" else "PATH", text)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from time import perf_counter, process_time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from contest import Answer, Watch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from workloads import Workload
 
@@ -24,54 +23,27 @@ NEVER = -1  # a token id that does not exist: ends no sequence
 SAFETY = 0.2  # share of blocks kept free: continuous batching admits nothing below 0.15
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a contestant made of a workload.
-
-    Attributes:
-        seconds: from the first request handed over to the last token.
-        cpu_seconds: that the process spent meanwhile, over all threads; what another process took away is not in it.
-        tokens: new token ids of each request, in the workload's order.
-        facts: what else it says about itself, by name.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    tokens: list[list[int]]
-    facts: dict[str, float] = field(default_factory=dict)
-
-
-class Contestant(Protocol):
-    """A way to generate."""
-
-    @property
-    def label(self) -> str:
-        """Its name and settings, for a table."""
-
-    def answer(self, workload: Workload) -> Answer:
-        """Generate everything, timed."""
-
-    def close(self) -> None:
-        """Give back what was kept between answers."""
-
-
 class Ours:
     """``LLM.generate`` with token ids; its pool is sized to the work. Cached prefixes are purged between answers.
 
     Args:
         model: loaded.
+        backend: of attention, by name.
     """
 
-    label = "pagedkv"
+    def __init__(self, model: PreTrainedModel, *, backend: str = "auto") -> None:
+        self._llm = LLM(model, attention_backend=backend)
+        self._backend = backend
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._llm = LLM(model)
+    @property
+    def label(self) -> str:
+        return "pagedkv" if self._backend == "auto" else f"pagedkv, attention {self._backend}"
 
     def answer(self, workload: Workload) -> Answer:
         params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in workload.output_lens]
         prompts = [list(prompt) for prompt in workload.prompts]
         engine, before = self._purged()
-        watch = _Watch()
+        watch = Watch()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         times = watch.read()
         after = self._llm.statistics()
@@ -87,7 +59,7 @@ class Ours:
             "K/V waste %": 100 * after.mean_waste,
             "cached prompt tokens": sum(output.num_cached_tokens or 0 for output in outputs),
         }
-        return Answer(*times, [list(output.outputs[0].token_ids) for output in outputs], facts)
+        return Answer(times, [list(output.outputs[0].token_ids) for output in outputs], facts)
 
     def close(self) -> None:
         self._llm.close()
@@ -122,7 +94,7 @@ class Padded:
     def answer(self, workload: Workload) -> Answer:
         tokens: list[list[int]] = [[] for _ in workload.prompts]
         computed = 0
-        watch = _Watch()
+        watch = Watch()
         for batch in self._batches(workload):
             new = max(workload.output_lens[index] for index in batch)
             rows = self._generate([workload.prompts[index] for index in batch], new)
@@ -130,7 +102,7 @@ class Padded:
                 tokens[index] = row[: workload.output_lens[index]]
             computed += len(batch) * new
         times = watch.read()
-        return Answer(*times, tokens, {"new tokens computed for each wanted": computed / workload.num_new_tokens})
+        return Answer(times, tokens, {"new tokens computed for each wanted": computed / workload.num_new_tokens})
 
     def close(self) -> None:
         pass
@@ -188,7 +160,7 @@ class ContinuousBatching:
         with self._model.continuous_batching_context_manager(
             generation_config=_generation_config(max(workload.output_lens)), continuous_batching_config=config, timeout=5
         ) as manager:
-            watch = _Watch()
+            watch = Watch()
             for index, (prompt, length) in enumerate(zip(workload.prompts, workload.output_lens, strict=True)):
                 manager.add_request(list(prompt), request_id=str(index), max_new_tokens=length, eos_token_id=NEVER)
             results: dict[int, list[int]] = {}
@@ -201,7 +173,7 @@ class ContinuousBatching:
                 elif result is None and not manager.is_running():
                     raise RuntimeError("continuous batching ended before its requests did")
             times = watch.read()
-        return Answer(*times, [results[index] for index in range(workload.num_requests)])
+        return Answer(times, [results[index] for index in range(workload.num_requests)])
 
     def close(self) -> None:
         pass
@@ -215,17 +187,6 @@ def alone(model: PreTrainedModel, workload: Workload, index: int) -> list[int]:
     result = generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=_generation_config(new))
     tokens: list[int] = result[0, prompt.shape[1] :].tolist()
     return tokens
-
-
-class _Watch:
-    """Runs from its making on."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = perf_counter(), process_time()
-
-    def read(self) -> tuple[float, float]:
-        """Seconds by the clock, and of the processors."""
-        return perf_counter() - self._wall, process_time() - self._cpu
 
 
 def _generation_config(new: int) -> GenerationConfig:

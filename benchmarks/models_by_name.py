@@ -1,4 +1,4 @@
-"""The models that benchmarks run, by the names their options take."""
+"""The models that benchmarks run, by the names their options take: loaded, or as files for those who load them elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pagedkv.models import load_model
+from pagedkv.models.gguf import converted_folder, is_gguf
 from pagedkv.testing.models import tiny_model
 
 LONGEST = 8_192
@@ -28,6 +29,28 @@ def model_by_name(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 
         model.to(dtype)  # type: ignore[arg-type]  # typed there as for a device
         return model
     return load_model(_smollm2() if name == "smollm2" else name, dtype=dtype)
+
+
+def model_files(name: str, *, scratch: Path, seed: int = 0) -> tuple[Path, Path | None]:
+    """A model's folder as transformers saves one, and its GGUF file if it has one.
+
+    Args:
+        name: as for ``model_by_name``, but no hub id.
+        scratch: a folder that a model of random weights is saved in.
+        seed: of random weights.
+
+    Raises:
+        SystemExit: there are no such files.
+    """
+    if name == "tiny":
+        model_by_name(name, seed=seed).save_pretrained(scratch / name)
+        return scratch / name, None
+    path = _smollm2() if name == "smollm2" else Path(name)
+    if is_gguf(path):
+        return converted_folder(path), path
+    if not (path / "config.json").is_file():
+        raise SystemExit(f"the model {name} is neither a folder that transformers saved nor a GGUF file")
+    return path, None
 
 
 def _smollm2() -> Path:

@@ -15,7 +15,8 @@ import torch
 import transformers
 from agreement import Agreement, margin
 from common import Report, Spread, arguments
-from contestants import Answer, Contestant, ContinuousBatching, Ours, Padded, alone
+from contest import Answer, Contestant, fastest, turns
+from contestants import ContinuousBatching, Ours, Padded, alone
 from models_by_name import NAMES as MODELS
 from models_by_name import model_by_name
 from transformers import PreTrainedModel
@@ -114,9 +115,7 @@ def _rounds(report: Report, work: Workload, best: dict[str, Contestant], repeats
     """Measure in turns and print the table; returns each one's last answer."""
     rounds: list[dict[str, Answer]] = []
     for number in range(repeats):
-        names = list(best)
-        names = names[number % len(names) :] + names[: number % len(names)]  # nobody always runs right after the same other
-        rounds.append({name: best[name].answer(work) for name in names})
+        rounds.append({name: best[name].answer(work) for name in turns(list(best), number)})
     rows = []
     for name, contestant in best.items():
         seconds = Spread.of([answers[name].seconds for answers in rounds])
@@ -144,15 +143,12 @@ def _fastest(report: Report, work: Workload, variants: list[Contestant], *, warm
     """Warm each variant up on a small workload and, where there are several, run each once; the fastest stays."""
     for contestant in variants:
         contestant.answer(warm)
-    if len(variants) == 1:
-        return variants[0]
-    seconds = {}
-    for contestant in variants:
-        answer = contestant.answer(work)
-        seconds[contestant] = answer.seconds
+
+    def tell(contestant: Contestant, answer: Answer) -> None:
         report.figure(f"{work.name}, tried once, {contestant.label}, s", answer.seconds)
         print(f"tried {work.name}: {contestant.label}: {answer.seconds:.2f} s, {answer.cpu_seconds:.2f} CPU s", flush=True)
-    return min(seconds, key=lambda contestant: seconds[contestant])
+
+    return fastest(variants, work, tell)
 
 
 def _compare(report: Report, model: PreTrainedModel, work: Workload, *, answers: dict[str, Answer], sample: int) -> None:

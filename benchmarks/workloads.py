@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NAMES = ("A", "B", "C", "D")
 B_PROMPTS, B_OUTPUTS = (16, 512), (16, 256)
+WORDING = 7_919  # prime, so that no small number of rewordings leads back
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,19 @@ def workload(name: str, *, vocab_size: int, seed: int, quick: bool = False) -> W
     lengths = f"{shared:,} shared + {own:,}" if shared else f"{own:,}"
     title = f"{requests} request{'s' if requests > 1 else ''}, {lengths} prompt, {new} new"
     return Workload(name, title, prompts, (new,) * requests, num_shared=shared)
+
+
+def reworded(work: Workload, number: int, *, vocab_size: int) -> Workload:
+    """The same lengths and shared prefix with other tokens, so that nothing that was cached of the original serves it.
+
+    Args:
+        work: the original.
+        number: each gives other tokens, 0 the original's.
+        vocab_size: as the original was made with.
+    """
+    shift = number * WORDING
+    prompts = tuple(tuple((token + shift) % vocab_size for token in prompt) for prompt in work.prompts)
+    return replace(work, prompts=prompts)
 
 
 def _mixed(rng: random.Random, requests: int, *, vocab_size: int, shrink: int) -> Workload:

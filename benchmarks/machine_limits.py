@@ -1,0 +1,58 @@
+"""What the machine can do at best: bytes read in order and in scattered chunks, and multiplications, measured with torch.
+
+These bound what attention can reach: decode by reading scattered blocks, prefill by multiplying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from common import timed
+
+CHUNK_NBYTES = (2_048, 4_096, 12_288)  # one head of a block is of such sizes
+CHUNKS_A_SUM = 64
+ORDER = 1_024  # of the multiplied matrices
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The best of several repeats.
+
+    Attributes:
+        sequential: bytes a second, summed in order.
+        scattered: bytes a second by size of chunk, in random order.
+        multiply: floating point operations a second of a large product, in float32.
+    """
+
+    sequential: float
+    scattered: dict[int, float]
+    multiply: float
+
+    @classmethod
+    def measure(cls, *, nbytes: int, repeats: int, generator: torch.Generator) -> Limits:
+        """With as many threads as torch is set to use now.
+
+        Args:
+            nbytes: of the memory that is read; several times what the caches hold.
+            repeats: of which the best counts.
+            generator: of the random order.
+        """
+
+        def best(call: Callable[[], object]) -> float:
+            return min(timed(call, repeats))
+
+        memory = torch.ones(nbytes // 4)
+        matrix = torch.rand(ORDER, ORDER, generator=generator)
+        scattered = {size: memory.nbytes / best(_scattered(memory, size // 4, generator)) for size in CHUNK_NBYTES}
+        return cls(memory.nbytes / best(memory.sum), scattered, 2 * ORDER**3 / best(lambda: matrix @ matrix))
+
+
+def _scattered(memory: torch.Tensor, width: int, generator: torch.Generator) -> Callable[[], object]:
+    """Reads each chunk once, adding up so many at a time that the sums stay in the cache: next to nothing is written."""
+    rows = memory[: memory.numel() // width * width].view(-1, width)
+    order = torch.randperm(rows.shape[0], generator=generator)
+    starts = torch.arange(0, rows.shape[0], CHUNKS_A_SUM)
+    return lambda: F.embedding_bag(order, rows, starts, mode="sum")
