@@ -61,8 +61,8 @@ class Cohort:
         # Of the next step: where its tokens stand, and how many tokens have slots after it. Handed out, so replaced and never written.
         self._positions = _frozen(positions)
         self._seq_lens = _frozen(positions + _ONE_32)
-        self._token_cells = rows * columns + self._seq_lens  # flat places in ``token_ids`` of the tokens that the next step appends
-        self._slots = self._slots_behind(positions)
+        # Of the last step, ``[G + 1, n]``: the slots of its tokens in each group, and the flat places of the tokens that it appended.
+        self._places = np.concatenate([self._slots_behind(positions), [rows * columns + positions]])
 
     def can_extend(self, seqs: object) -> bool:
         """Whether these are the cohort's sequences, and a step of theirs can follow."""
@@ -77,27 +77,27 @@ class Cohort:
         table, reservations = self._table, self._reservations
         wave = self._waves[self._clock] or self._wave(self._clock)
         count = len(wave.members)
-        slots = self._slots + _ONE_64
+        places = self._places + _ONE_64
+        slots = places[:-1]
         if count:
             reservations.check_available([count] * len(slots))
             wave.cells += _ONE_64
             wave.num_blocks += _ONE_32
             opened = reservations.open_blocks(wave.cells)
-            for places, ids in zip(slots, opened, strict=True):
-                places[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
+            for own, ids in zip(slots, opened, strict=True):
+                own[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
             wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]
             table.num_blocks[wave.rows] = wave.num_blocks
         table.num_reserved[self._rows] = self._seq_lens
-        self._slots = _frozen(slots)
+        self._places = places
         self._is_reserved = True
-        return Extension(slots, self._positions, self._seq_lens, reservations.no_copies)
+        return Extension(_frozen(slots), self._positions, self._seq_lens, reservations.no_copies)
 
     def complete(self, token_ids: Int32Array) -> None:
         """The step is computed and every member gets a token: ``[n]`` int32, none below 0."""
         table, rows = self._table, self._rows
         table.num_computed[rows] = self._seq_lens
-        table.flat_token_ids[self._token_cells] = token_ids
-        self._token_cells += _ONE_64
+        table.flat_token_ids[self._places[-1]] = token_ids
         self._positions, self._seq_lens = self._seq_lens, _frozen(self._seq_lens + _ONE_32)
         table.num_tokens[rows] = self._seq_lens
         self._is_reserved = False

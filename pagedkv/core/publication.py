@@ -51,7 +51,7 @@ class Publication:
         Returns:
             Per group, the ``n`` blocks that stand in the table from now on.
         """
-        contents = self._table.flat_token_ids.reshape(-1, self._size).take(cells, axis=0)
+        contents = self._table.token_blocks.take(cells, axis=0)
         settled = []
         for tables, group, before, given in zip(self._table.flat_block_tables, self._groups, parents, blocks, strict=True):
             holders = group.publish(before, contents, given, roots)

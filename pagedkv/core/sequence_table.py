@@ -30,7 +30,8 @@ class SequenceTable:
     Attributes:
         block_tables: ``[G, R, M]`` int32, null block where a table has ended.
         token_ids: ``[R, M * B]`` int32 known tokens.
-        flat_block_tables, flat_token_ids: the same memory without rows: per group ``[R * M]``, and ``[R * M * B]``; see ``cells``.
+        flat_block_tables: per group ``[R * M]`` int32, the same memory as ``block_tables``; see ``cells``.
+        flat_token_ids, token_blocks: ``[R * M * B]`` and ``[R * M, B]`` int32, the same memory as ``token_ids``.
         num_tokens: ``[R]`` int32 known tokens.
         num_reserved: ``[R]`` int32 tokens that have a slot; the scheduled ones included.
         num_computed: ``[R]`` int32 tokens whose K/V is stored.
@@ -212,6 +213,7 @@ class SequenceTable:
         self.block_tables, self.token_ids = block_tables, token_ids
         self.flat_block_tables = tuple(tables.reshape(-1) for tables in block_tables)
         self.flat_token_ids = token_ids.reshape(-1)
+        self.token_blocks = token_ids.reshape(-1, self._block_size)
 
     def _refuse(self, seqs: Int64Array) -> None:
         rows = seqs & _ROW_MASK
