@@ -22,6 +22,7 @@ RUNNABLE = [build.name for build in BUILDS if load_library(build.name).library i
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES_PER_BUILD = 520
 CASES_PER_TEST = 40
+CASES_BY_DEFAULT = 120  # the others are marked slow
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason=f"no build of the kernel runs here: {load_library().reasons}")
 
@@ -62,7 +63,13 @@ def random_case(generator: torch.Generator) -> tuple[Case, AttendOptions, str]:
 
 
 @pytest.mark.parametrize("build", RUNNABLE)
-@pytest.mark.parametrize("first", range(0, CASES_PER_BUILD, CASES_PER_TEST))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=[pytest.mark.slow] if first >= CASES_BY_DEFAULT else [])
+        for first in range(0, CASES_PER_BUILD, CASES_PER_TEST)
+    ],
+)
 def test_attend_random_steps_match_dense_attention(build: str, first: int) -> None:
     backend = CpuBackend(build=build)
     for seed in range(first, first + CASES_PER_TEST):
