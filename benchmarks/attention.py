@@ -148,7 +148,7 @@ def _contiguous(work: Work) -> Attend:
     group = shape.num_heads // shape.num_kv_heads
     if shape.is_decode:
         grouped = work.query.view(-1, shape.num_kv_heads, group, shape.dim)
-        queries = torch.split(grouped, len(shape.seq_lens) // len(layers[0]))  # type: ignore[no-untyped-call]
+        queries = torch.split(grouped, len(shape.seq_lens) // len(layers[0]))
 
         def decode(layer: int) -> Tensor:
             pairs = zip(queries, layers[layer], strict=True)
@@ -189,7 +189,7 @@ def _ask(pipe: Pipe, shape: Shape, args: argparse.Namespace, *, threads: int) ->
 
 
 def _row(report: Report, shape: Shape, name: str, result: Measured, *, limits: Limits, args: argparse.Namespace) -> list[object]:
-    title = f"{shape}, {torch.get_num_threads()} threads, {name}"
+    title = f"{shape}, {shape.dtype}, {torch.get_num_threads()} threads, {name}"
     if result.reason is not None:
         report.figure(f"{title}, not measured", result.reason)
         return [str(shape), f"{name}: {result.reason}", *[None] * 4]

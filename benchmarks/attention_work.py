@@ -55,7 +55,7 @@ class Shape:
         return 4 * self.num_heads * self.dim * pairs
 
     def __str__(self) -> str:
-        return f"{self.title}, {self.num_heads}/{self.num_kv_heads} heads x {self.dim}, {self.dtype}"
+        return f"{self.title}, {self.num_heads}/{self.num_kv_heads} heads x {self.dim}"
 
 
 def shapes(dtype: str, *, seed: int, quick: bool) -> list[Shape]:

@@ -58,6 +58,33 @@ def test_throughput_bfloat16_run_of_one_workload_compares_no_tokens(tmp_path: Pa
     assert not [name for name in figures if name.startswith(("A", "C", "D")) or "continuous" in name or "other than" in name]
 
 
+def test_compare_tiny_model_answers_every_workload_and_says_who_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    missing = ["--vllm-python", sys.executable, "--openvino-python", str(tmp_path / "nobody")]
+    rivals = ["--backends", "auto,reference", "--no-transformers", *missing]
+    content = run("compare.py", tmp_path, "--model", "tiny", "--threads", "1", "--plot", str(tmp_path / "plot.png"), *rivals)
+    figures = content["figures"]
+    for work in "ABCD":
+        need(figures, f"{work}, pagedkv, s", f"{work}, pagedkv, tokens/s", f"{work}, pagedkv, CPU s", f"{work}, pagedkv, s by round")
+        need(figures, f"{work}, pagedkv, cores taken by others", f"{work}, pagedkv, cores taken by others by round")
+        assert figures[f"{work}, pagedkv, reference, share of tokens equal to pagedkv's"] == 1
+    need(figures, "vLLM, eager, left out", "OpenVINO, left out", "llama.cpp, left out")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_attention_quick_run_measures_backends_against_the_machine(tmp_path: Path) -> None:
+    figures = run("attention.py", tmp_path, "--threads", "1", "--backends", "torch,reference")["figures"]
+    need(figures, "best, 1 threads, GB/s in order", "best, 1 threads, GFLOP/s of a float32 product")
+    for dtype, worst in (("float32", 1e-3), ("bfloat16", 5e-2)):
+        for who in ("torch", "reference", "torch, contiguous"):
+            decode = f"decode 4 ragged, 9/3 heads x 64, {dtype}, 1 threads, {who}"
+            prefill = f"prefill 32 over 128, 32/8 heads x 128, {dtype}, 1 threads, {who}"
+            need(figures, f"{decode}, GB/s", f"{decode}, % of best", f"{prefill}, GFLOP/s")
+            # What computes something else would make the figures worthless, so this much is judged.
+            assert figures[f"{decode}, largest error"] < worst
+            assert figures[f"{prefill}, largest error"] < worst
+
+
 def test_memory_quick_run_writes_layouts_block_sizes_and_prefix(tmp_path: Path) -> None:
     figures = run("memory.py", tmp_path)["figures"]
     for size in (1, 4, 16, 64):
