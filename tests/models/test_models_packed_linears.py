@@ -224,6 +224,20 @@ def test_hook_of_a_layer_is_told_the_layer_itself() -> None:
     assert all(module is attention(model).q_proj for module in told)
 
 
+def test_hook_on_all_modules_is_told_the_models_own() -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, block_size=4, pack_linears=True)
+    told: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: told.append(module))
+    try:
+        run(runner)
+    finally:
+        handle.remove()
+    own = {id(module) for module in model.modules()}
+    assert told
+    assert all(id(module) in own for module in told)
+
+
 def test_layer_replaced_after_packing_is_the_one_that_runs() -> None:
     model = tiny_model("llama")
     runner = ModelRunner(model, block_size=4, pack_linears=True)
