@@ -107,6 +107,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """``1,2`` to ``(1, 2)``."""
+    return tuple(int(word) for word in text.split(","))
+
+
+def pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """``1x2,3x4`` to ``((1, 2), (3, 4))``."""
+    words = (word.split("x") for word in text.split(","))
+    return tuple((int(first), int(second)) for first, second in words)
+
+
 class Report:
     """Prints tables as they come and keeps them for the JSON file.
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Report
-from contest import Contestant
+from common import Report, numbers, pairs
+from contest import BATCH_SIZES, PAGES, Contestant
 from elsewhere import Elsewhere, FailedError
 from float_gguf import write_float_gguf
 from generators.loop import Setup
@@ -20,8 +20,6 @@ from generators.loop import Setup
 OURS, PADDED, CONTINUOUS = "pagedkv", "generate", "continuous batching"
 VLLM, OPENVINO, LLAMA = "vLLM", "OpenVINO", "llama.cpp"
 PARTIES = (OURS, PADDED, CONTINUOUS, VLLM, OPENVINO, LLAMA)
-BATCH_SIZES = (8, 16, 32, 64)
-PAGES = ((256, 256), (256, 1024), (16, 256), (16, 1024))  # page size, tokens a step
 OPENVINO_BATCH_TOKENS = 2_048
 
 
@@ -120,14 +118,3 @@ def _bytes_per_token(config: dict[str, Any], dtype: str) -> int:
 
 def _words(text: str) -> list[str]:
     return text.split(",")
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """``1,2`` to ``(1, 2)``."""
-    return tuple(int(word) for word in text.split(","))
-
-
-def pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """``1x2,3x4`` to ``((1, 2), (3, 4))``."""
-    words = (word.split("x") for word in text.split(","))
-    return tuple((int(first), int(second)) for first, second in words)

@@ -16,6 +16,8 @@ from typing import Protocol
 from workloads import Workload
 
 PROC = Path("/proc")
+BATCH_SIZES = (8, 16, 32, 64)  # of padded batches, that are tried
+PAGES = ((256, 256), (256, 1024), (16, 256), (16, 1024))  # of continuous batching: page size, tokens a step
 
 
 @dataclass(frozen=True, slots=True)

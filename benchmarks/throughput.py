@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 import transformers
 from agreement import Agreement, margin
-from common import Report, Spread, arguments
-from contest import Answer, Contestant, fastest, turns
+from common import Report, Spread, arguments, numbers, pairs
+from contest import BATCH_SIZES, PAGES, Answer, Contestant, fastest, turns
 from contestants import ContinuousBatching, Ours, Padded, alone
 from models_by_name import NAMES as MODELS
 from models_by_name import model_by_name
@@ -25,8 +25,6 @@ from workloads import NAMES, Workload, workload
 OURS = "pagedkv"
 BY_PROMPT, BY_OUTPUT = "generate, sorted by prompt", "generate, sorted by output"
 CONTINUOUS = "continuous batching"
-BATCH_SIZES = (8, 16, 32, 64)
-PAGES = ((256, 256), (256, 1024), (16, 256), (16, 1024))  # page size, tokens a step
 MOST_MARGINS = 4
 NOTES = (
     "Spread: median (5th..95th percentile). A ratio above 1 is in favour of pagedkv; it is the median over rounds of the ratio within a"
@@ -74,22 +72,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--alone", type=int, default=8, help="prompts of each workload that generate also answers by themselves, in float32"
     )
-    parser.add_argument("--batch-sizes", type=_numbers, default=BATCH_SIZES, help="padded batches that are tried")
-    parser.add_argument("--pages", type=_pairs, default=PAGES, help="continuous batching: PAGE_SIZExTOKENS_A_STEP,... that are tried")
+    parser.add_argument("--batch-sizes", type=numbers, default=BATCH_SIZES, help="padded batches that are tried")
+    parser.add_argument("--pages", type=pairs, default=PAGES, help="continuous batching: PAGE_SIZExTOKENS_A_STEP,... that are tried")
     parser.add_argument("--rivals", choices=("all", "padded", "none"), default="all", help="whom to run beside ours")
     args = parser.parse_args()
     if args.quick:
         args.repeats, args.batch_sizes, args.pages, args.alone = 1, (16,), PAGES[-1:], 2
     return args
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    pairs = (word.split("x") for word in text.split(","))
-    return tuple((int(page), int(tokens)) for page, tokens in pairs)
 
 
 @contextmanager

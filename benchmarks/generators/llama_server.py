@@ -2,6 +2,9 @@
 
 It runs as many slots as the workload has requests, each as long as the longest, and is started again, untimed, where those numbers change.
 Its slots keep their last prompt; the tokens change from round to round, so that this serves no later answer.
+
+Told to ignore the end of sequence, it forbids the tokens that end one, where all others may make them and go on: its tokens may differ from
+such a place on.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # where `contest` and its neighbours are found; here, the real one is hidden
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # where `contest` is found; this folder would hide the real one
 
 from contest import Answer, Contestant, Watch
 from workloads import Workload
