@@ -170,7 +170,7 @@ class _CpuStep(StepAttention):
 
     def call(self, backend: CpuBackend, query: Tensor, pool: LayerPool, options: AttendOptions) -> _Call:
         heads, spec = query.shape[1], pool.spec
-        key = (id(options), spec, heads, pool.rows_per_block)
+        key = (id(options), spec, heads, pool.dtype)
         call = self._calls.get(key)
         if call is None:
             struct = _filled(self.batch, pool, options, num_heads=heads, batch_invariant=backend.batch_invariant)

@@ -118,6 +118,21 @@ def test_attend_beside_other_sequences_gives_the_same_bits() -> None:
         assert torch.equal(alone, together[tokens]), f"sequence {seq}"
 
 
+def test_attend_layers_of_two_dtypes_share_one_step() -> None:
+    backend, options = CpuBackend(), AttendOptions(Mask.causal(), 0.25)
+    cases = [
+        make_case(Geometry(dtype=dtype), [1, 5], seq_lens=[30, 9], generator=torch.Generator().manual_seed(3))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    step = backend.plan(cases[0].batch)  # the same seed: the tables of both are the same
+    for case in cases:
+        pool = case.storage.layers[0]
+        backend.write(pool, case.key, case.value, step)
+        tolerance = TOLERANCE[case.geometry.dtype]
+        actual = backend.attend(case.query, pool, step, options)
+        torch.testing.assert_close(actual.double(), dense_attention(case, options), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("mask", [Mask.causal(), Mask.sliding(150), Mask.chunked(100)], ids=str)
 def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(mask: Mask) -> None:
     generator = torch.Generator().manual_seed(6)
