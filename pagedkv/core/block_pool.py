@@ -18,6 +18,8 @@ from pagedkv.plan import BoolArray, Int32Array
 
 NULL_BLOCK = 0
 _ONE = np.int32(1)  # of the counts' own type: ufunc.at is many times slower when it has to cast
+_NOTHING = np.zeros(0, dtype=np.int32)
+_NOTHING.setflags(write=False)
 _MAX_REFERENCES = 2**30  # far from int32's edge, so that one command can never wrap a counter
 
 
@@ -122,17 +124,17 @@ class BlockPool:
         """
         if count < 0:
             raise InvalidRequestError(f"{count} blocks were asked for: it must be at least 0")
-        if count > self.num_available:
-            raise OutOfBlocksError(needed=count, available=self.num_available)
-        left = max(self._num_free - count, 0)
-        ids = self._free[left : self._num_free][::-1].copy()
-        evicted = ids[:0]
-        if len(ids) < count:
-            evicted = self._policy.pop(count - len(ids))
+        left, evicted = self._num_free - count, _NOTHING
+        if left >= 0:
+            ids = self._free[left : self._num_free][::-1].copy()
+        else:
+            if count > self.num_available:
+                raise OutOfBlocksError(needed=count, available=self.num_available)
+            evicted = self._policy.pop(-left)
             self._cached[evicted] = False
-            ids = np.concatenate([ids, evicted])
-        self._num_free = left
-        self._references[_index(ids)] = 1
+            ids = np.concatenate([self._free[: self._num_free][::-1], evicted])
+        self._num_free = max(left, 0)
+        self._references[_index(ids)] = _ONE
         return Allocation(ids, evicted)
 
     def acquire(self, block_ids: Int32Array) -> None:
@@ -189,8 +191,9 @@ class BlockPool:
         Cost: about 0.2 microseconds a block; they come a few at a time, for which one array operation alone takes longer.
         """
         references, cached = self._reference_items, self._cached_items
-        if min(map(references.__getitem__, block_ids), default=1) < 1 or any(map(cached.__getitem__, block_ids)):
-            raise InvariantError("only a held block that is not cached yet can be published")
+        for block in block_ids:
+            if references[block] < 1 or cached[block]:
+                raise InvariantError("only a held block that is not cached yet can be published")
         for block in block_ids:
             cached[block] = True
 

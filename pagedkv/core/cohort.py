@@ -18,7 +18,6 @@ from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.plan import Int32Array, Int64Array
 
 _Array = TypeVar("_Array", Int32Array, Int64Array)
-_ONE_32, _ONE_64 = np.int32(1), np.int64(1)  # numpy takes longer for Python's own numbers
 
 
 class Cohort:
@@ -51,6 +50,8 @@ class Cohort:
         size = table.block_size
         self._size = np.int64(size)
         self._is_reserved = False
+        # Steps are added as arrays: numpy takes twice as long for a single number, and longer still for one of Python's own.
+        self._ones_32, self._ones_64 = np.ones(len(rows), dtype=np.int32), np.ones(len(rows), dtype=np.int64)
         positions = table.num_reserved[rows]
         columns = table.token_ids.shape[1]
         # A sequence that outgrows the table's columns, or may not grow any more, is for the manager to deal with.
@@ -60,7 +61,7 @@ class Cohort:
         self._waves: list[_Wave | None] = [None] * size
         # Of the next step: where its tokens stand, and how many tokens have slots after it. Handed out, so replaced and never written.
         self._positions = _frozen(positions)
-        self._seq_lens = _frozen(positions + _ONE_32)
+        self._seq_lens = _frozen(positions + self._ones_32)
         # Of the last step, ``[G + 1, n]``: the slots of its tokens in each group, and the flat places of the tokens that it appended.
         self._places = np.concatenate([self._slots_behind(positions), [rows * columns + positions]])
 
@@ -77,13 +78,13 @@ class Cohort:
         table, reservations = self._table, self._reservations
         wave = self._waves[self._clock] or self._wave(self._clock)
         count = len(wave.members)
-        places = self._places + _ONE_64
+        places = self._places + self._ones_64
         slots = places[:-1]
         if count:
-            reservations.check_available([count] * len(slots))
-            wave.cells += _ONE_64
-            wave.num_blocks += _ONE_32
-            opened = reservations.open_blocks(wave.cells)
+            cells = wave.cells + self._ones_64[:count]
+            opened = reservations.open_blocks(cells)
+            wave.cells = cells
+            wave.num_blocks += self._ones_32[:count]
             for own, ids in zip(slots, opened, strict=True):
                 own[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
             wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]
@@ -98,7 +99,7 @@ class Cohort:
         table, rows = self._table, self._rows
         table.num_computed[rows] = self._seq_lens
         table.flat_token_ids[self._places[-1]] = token_ids
-        self._positions, self._seq_lens = self._seq_lens, _frozen(self._seq_lens + _ONE_32)
+        self._positions, self._seq_lens = self._seq_lens, _frozen(self._seq_lens + self._ones_32)
         table.num_tokens[rows] = self._seq_lens
         self._is_reserved = False
         self._steps_left -= 1

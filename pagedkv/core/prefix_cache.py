@@ -156,10 +156,11 @@ class PrefixCache:
         self, parents: Iterable[int], token_ids: Int32Array, block_ids: Sequence[int], roots: Iterable[int], holders: list[int]
     ) -> None:
         """Make blocks findable one after the other, and append to ``holders`` who holds each content, the same block or an older one."""
-        raw, width = token_ids.astype(_KEY_DTYPE, copy=False).tobytes(), self._width
+        raw, width, end = token_ids.astype(_KEY_DTYPE, copy=False).tobytes(), self._width, 0
         claim, keys, owners, children = self._blocks.setdefault, self._keys, self._roots, self._num_children
-        for block, start, parent, root in zip(block_ids, range(0, len(raw), width), parents, roots, strict=False):
-            key = _PACK_ID(parent) + raw[start : start + width]
+        for block, parent, root in zip(block_ids, parents, roots, strict=False):
+            start, end = end, end + width
+            key = _PACK_ID(parent) + raw[start:end]
             holder = claim(key, block)
             if holder == block and keys[block] is None:
                 keys[block] = key

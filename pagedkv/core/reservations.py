@@ -71,7 +71,9 @@ class Reservations:
         return Extension(self._slots(cells, offsets), positions, end, copies)
 
     def open_blocks(self, cells: Int64Array) -> list[Int32Array]:
-        """Take a block for each of these flat places of every group's table; the caller has checked that they can be had."""
+        """Take a block for each of these flat places of every group's table; raises ``OutOfBlocksError`` before any change."""
+        if len(self._groups) > 1:  # a single group refuses by itself, before it changes anything
+            self.check_available([len(cells)] * len(self._groups))
         opened = []
         for tables, group in zip(self._table.flat_block_tables, self._groups, strict=True):
             ids = group.take(len(cells))
