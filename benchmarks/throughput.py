@@ -74,6 +74,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--batch-sizes", type=numbers, default=BATCH_SIZES, help="padded batches that are tried")
     parser.add_argument("--pages", type=pairs, default=PAGES, help="continuous batching: PAGE_SIZExTOKENS_A_STEP,... that are tried")
+    parser.add_argument("--no-sort-by-output", action="store_true", help="leave out generate over batches sorted by output length")
     parser.add_argument("--rivals", choices=("all", "padded", "none"), default="all", help="whom to run beside ours")
     args = parser.parse_args()
     if args.quick:
@@ -88,7 +89,7 @@ def _field(model: PreTrainedModel, work: Workload, args: argparse.Namespace) -> 
     field: dict[str, list[Contestant]] = {OURS: [Ours(model)]}
     if args.rivals != "none":
         field[BY_PROMPT] = [Padded(model, batch_size=size) for size in sizes]
-        if len(set(work.output_lens)) > 1:
+        if len(set(work.output_lens)) > 1 and not args.no_sort_by_output:
             field[BY_OUTPUT] = [Padded(model, batch_size=size, by="output") for size in sizes]
     if args.rivals == "all":
         field[CONTINUOUS] = [ContinuousBatching(model, page_size=page, max_batch_tokens=tokens) for page, tokens in args.pages]

@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_readme_second_command_is_what_ci_runs() -> None:
-    command = next(line for line in README.splitlines() if line.endswith("-m pytest"))
+    command = next(line for line in README.splitlines() if line.endswith("-m pytest -n 2"))
     steps = [step.strip() for step in command.split("&&")]
     assert len(steps) == 4
     script = (ROOT / ".ci" / "run").read_text().splitlines()
