@@ -188,7 +188,7 @@ class BlockPool:
         Raises:
             InvariantError: a block is not held, or cached already.
 
-        Cost: about 0.2 microseconds a block; they come a few at a time, for which one array operation alone takes longer.
+        Cost: about 0.3 microseconds a block; they come a few at a time, for which one array operation alone takes longer.
         """
         references, cached = self._reference_items, self._cached_items
         for block in block_ids:

@@ -81,10 +81,11 @@ class Cohort:
         places = self._places + self._ones_64
         slots = places[:-1]
         if count:
-            cells = wave.cells + self._ones_64[:count]
-            opened = reservations.open_blocks(cells)
-            wave.cells = cells
+            if len(slots) > 1:  # a single group refuses by itself, before it changes anything
+                reservations.check_available([count] * len(slots))
+            wave.cells += self._ones_64[:count]
             wave.num_blocks += self._ones_32[:count]
+            opened = reservations.open_blocks(wave.cells)
             for own, ids in zip(slots, opened, strict=True):
                 own[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
             wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]

@@ -71,9 +71,7 @@ class Reservations:
         return Extension(self._slots(cells, offsets), positions, end, copies)
 
     def open_blocks(self, cells: Int64Array) -> list[Int32Array]:
-        """Take a block for each of these flat places of every group's table; raises ``OutOfBlocksError`` before any change."""
-        if len(self._groups) > 1:  # a single group refuses by itself, before it changes anything
-            self.check_available([len(cells)] * len(self._groups))
+        """Take a block for each of these flat places of every group's table; with several groups, the caller has checked that all can."""
         opened = []
         for tables, group in zip(self._table.flat_block_tables, self._groups, strict=True):
             ids = group.take(len(cells))

@@ -127,8 +127,9 @@ def test_cohort_that_outgrows_the_tables_columns_goes_on() -> None:
     twins.steps(150, 3, 4, 5, 6)
 
 
-def test_cohort_without_enough_blocks_is_refused_whole() -> None:
-    twins = Twins([12, 64])
+@pytest.mark.parametrize("num_blocks", [12, [12, 64], [64, 12]])
+def test_cohort_without_enough_blocks_is_refused_whole(num_blocks: int | list[int]) -> None:
+    twins = Twins(num_blocks)
     with pytest.raises(OutOfBlocksError):
         twins.steps(20, 3, 4, 5, 6)
     for manager, seqs in twins.arguments[1:]:

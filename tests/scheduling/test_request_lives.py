@@ -251,6 +251,18 @@ def test_finish_with_an_error_of_one_whose_token_could_not_be_sampled(steady: bo
     assert only_branch(records[0]).output_token_ids.tolist() == [7] * 6
 
 
+def test_branch_whose_token_could_not_be_sampled_sits_out_until_it_is_ended() -> None:
+    scheduler = make_scheduler()
+    for name in ("a", "b"):
+        submit(scheduler, name, 3, max_tokens=10)
+    step(scheduler)
+    step(scheduler)  # the decode that follows is foreseen from this one
+    scheduler.complete(plan_of(scheduler), np.array([7, -1], dtype=np.int32))
+    plan = plan_of(scheduler)
+    assert plan.token_ids.tolist() == [7]
+    assert plan.num_seqs == 1
+
+
 def test_finish_of_a_waiting_branch_ends_it() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "a", 3)
