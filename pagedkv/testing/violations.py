@@ -1,0 +1,20 @@
+"""The kit's own verdict: the subject under test broke a promise."""
+
+from __future__ import annotations
+
+
+class ViolationError(Exception):
+    """A promise was broken by the object under test, not by its caller.
+
+    Not a ``PagedKVError``: code that handles the library's refusals must not swallow a failed check. Where the failure happened (seed,
+    operation) is told by ``__notes__``.
+
+    Args:
+        kind: which oracle says so, one machine-readable word: ``"audit"``, ``"reference"``, ``"tokens"``, ``"ownership"``, ``"liveness"``,
+            ``"fault"``, ``"accounting"``, ...
+        message: what was expected and what was found.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
