@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pagedkv.core import CacheStatistics, KVCacheManager, Snapshot
-from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PagedKVError, StepError
+from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
 from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
 from pagedkv.plan import Int64Array, StepPlan
@@ -107,7 +107,8 @@ class Engine:
         PoolAllocationError: the device refused the pool; nothing was kept.
         ConfigError: a size that cannot work.
 
-    An error in one request ends that request alone. When a whole step fails, ``step`` raises ``StepError`` and everything is as before it.
+    An error in one request ends that request alone; where its logits were not finite, nobody finds any more what it has read or computed.
+    When a whole step fails, ``step`` raises ``StepError`` and everything is as before it.
     """
 
     def __init__(
@@ -355,6 +356,8 @@ class Engine:
         self._num_generated += len(rows) - len(sampled.errors)
         self._book_use()
         for index, failure in sampled.errors.items():
+            if isinstance(failure, InvariantError):  # logits that are not finite, which earlier steps without logits may be to blame for
+                self._manager.distrust(plan.seqs[plan.sampling_seqs[[index]]])
             response, branch_index = self._seating.owner(int(rows[index]))
             self._scheduler.finish(response.record.request.request_id, branch_index, "error", error=failure)
         self._deliver(self._watch(rows, sampled) if self._seating.watched[rows].any() else {})

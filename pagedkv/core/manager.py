@@ -413,6 +413,31 @@ class KVCacheManager:
         self._namespaces.forget(namespace)
         return purged
 
+    def distrust(self, seqs: Sequence[int] | Int64Array) -> int:
+        """Make the published blocks of these sequences unfindable, and all that continue them: what they hold may be wrong.
+
+        Live sequences that hold any of them go on and publish no more.
+
+        Returns:
+            how many blocks were forgotten, over all groups. Cost: O(blocks).
+
+        Raises:
+            UnknownHandleError, StaleHandleError: naming the handle.
+        """
+        rows = self._rows_to_change(seqs)
+        table, forgotten = self._table, 0
+        for tables, group in zip(table.block_tables, self._groups, strict=True):
+            published = [tables[row, : table.num_published[row]] for row in rows.tolist()]
+            ids = group.cache.continuations_of(np.concatenate([np.zeros(0, np.int32), *published]))
+            group.forget(ids)
+            forgotten += len(ids)
+        live = table.live_rows
+        # Chains are forgotten from their first block on, so who has any of them among its published ones has that one.
+        doubtful = live[(table.num_published[live] > 0) & ~self._groups[0].pool.is_cached(table.block_tables[0, live, 0])]
+        table.roots[doubtful] = 0
+        table.num_published[doubtful] = 0
+        return forgotten
+
     # Accounts.
 
     def statistics(self) -> CacheStatistics:

@@ -126,6 +126,19 @@ class PrefixCache:
         """Published blocks of one namespace; O(blocks)."""
         return np.flatnonzero(np.array(self._roots) == root).astype(np.int32)
 
+    def continuations_of(self, block_ids: Int32Array) -> Int32Array:
+        """These published blocks and all that continue them, ascending; O(published blocks)."""
+        children: dict[int, list[int]] = {}
+        for key, block in self._blocks.items():
+            children.setdefault(_parent_of(key), []).append(block)
+        found = dict.fromkeys(block_ids.tolist())
+        unseen = list(found)
+        while unseen:
+            fresh = [block for block in children.get(unseen.pop(), ()) if block not in found]
+            found.update(dict.fromkeys(fresh))
+            unseen += fresh
+        return np.array(sorted(found), dtype=np.int32)
+
     def live_roots(self) -> Int32Array:
         """Roots that have published blocks; O(blocks)."""
         return np.array(sorted(set(self._roots) - {0}), dtype=np.int32)

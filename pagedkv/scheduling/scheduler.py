@@ -179,8 +179,8 @@ class Scheduler:
 
         Args:
             plan: the outstanding one.
-            token_ids: ``[Q]`` int32 new tokens in the order of ``plan.sampling_seqs``; -1 where none could be sampled (end that branch with
-                ``finish`` before the next plan).
+            token_ids: ``[Q]`` int32 new tokens in the order of ``plan.sampling_seqs``; -1 where none could be sampled: what the
+                step computed of that branch is taken back, so that nobody ever finds it; it is computed again unless ``finish`` ends it.
 
         Raises:
             InvalidRequestError: another plan, another number of tokens, or a token below -1; the plan stays outstanding.
@@ -190,18 +190,15 @@ class Scheduler:
         sampled.setflags(write=False)
         if sampled.shape != plan.sampling_seqs.shape:
             raise InvalidRequestError(f"the plan samples {len(plan.sampling_seqs)} tokens, got an array of shape {sampled.shape}")
-        if len(sampled) == plan.num_seqs:
-            next_ids, rows = sampled, plan.rows
-        else:
-            next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
-            next_ids[plan.sampling_seqs] = sampled
-            rows = plan.rows[plan.sampling_seqs]
-        self.manager.complete(plan.seqs, next_ids)
-        self._outstanding = None
         steady = self._running.steady
         if steady is not None and steady.all_go_on(sampled):
+            self.manager.complete(plan.seqs, sampled)
+            self._outstanding = None
             steady.go_on(sampled)
         else:
+            self._complete_tables(plan, sampled)
+            self._outstanding = None
+            rows = plan.rows if len(sampled) == plan.num_seqs else plan.rows[plan.sampling_seqs]
             if steady is None:
                 self._after_prefills(rows)
             self._end_branches(rows, sampled)
@@ -323,6 +320,21 @@ class Scheduler:
             raise
         return builder
 
+    def _complete_tables(self, plan: StepPlan, sampled: Int32Array) -> None:
+        """Book the step in the tables. Who should have got a token and got none may have computed K/V that are no good: take it back."""
+        next_ids = sampled
+        if len(sampled) < plan.num_seqs:
+            next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
+            next_ids[plan.sampling_seqs] = sampled
+        lost = plan.sampling_seqs[sampled == -1]
+        if not len(lost):
+            self.manager.complete(plan.seqs, next_ids)
+            return
+        good = np.ones(plan.num_seqs, dtype=np.bool_)
+        good[lost] = False
+        self.manager.complete(plan.seqs[good], next_ids[good])  # first, as it may refuse
+        self.manager.cancel(plan.seqs[lost])
+
     def _after_prefills(self, sampled_rows: Int64Array) -> None:
         """What only a step with prompt tokens can bring: first tokens, prefixes that others wait for, trunks ready to fork."""
         first = self._running.at_first_token(sampled_rows)
@@ -388,7 +400,7 @@ class Scheduler:
         if not num_pins:
             raise InvariantError(
                 f"request {branch.request.request_id!r} runs alone, nothing is pinned, and still nothing can be scheduled: "
-                "a branch without a sampled token was not ended with finish(), or this is a bug"
+                "the manager is used by somebody else, too, or this is a bug"
             )
         change = f"{num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
         branch.record.error = OutOfBlocksError(needed=needed, available=self.manager.num_available_blocks, change=change)

@@ -83,6 +83,33 @@ def test_purge_while_sequences_live_lets_them_go_on_without_publishing() -> None
     manager.check()
 
 
+@pytest.mark.parametrize("num_blocks", [17, [17, 17]], ids=str)
+def test_distrust_forgets_the_chain_and_what_continues_it_and_nothing_else(num_blocks: int | list[int]) -> None:
+    manager = make_manager(num_blocks)
+    bad = start(manager, list(range(9)))
+    sharer = start(manager, [*range(8), *range(50, 55)])
+    other = start(manager, list(range(20, 28)))
+    elsewhere = start(manager, list(range(8)), "a")
+    assert manager.distrust([bad]) == 3 * manager.num_groups
+    manager.check()
+    assert [cached(manager, list(range(8)), name) for name in ("", "a")] == [0, 8]
+    assert cached(manager, [*range(8), *range(50, 54)]) == 0
+    assert cached(manager, list(range(20, 28))) == 8
+    for token in range(100, 104):
+        manager.append([sharer, other], [token, token])
+        manager.extend([sharer, other], 1)
+        manager.complete([sharer, other])
+        manager.check()
+    assert cached(manager, [*range(8), *range(50, 55), 100, 101, 102]) == 0, "who has read doubtful blocks publishes no more"
+    assert cached(manager, [*range(20, 28), *range(100, 104)]) == 12
+    manager.release([bad, sharer, other, elsewhere])
+    assert cached(manager, list(range(8))) == 0
+    fresh = start(manager, list(range(8)))
+    assert cached(manager, list(range(8))) == 8
+    assert manager.distrust([fresh]) == 2 * manager.num_groups
+    assert manager.distrust([fresh]) == 0
+
+
 def test_purge_while_a_step_is_out_keeps_its_blocks_unfindable() -> None:
     manager = make_manager()
     (seq,) = manager.open([list(range(8))], ["a"]).seqs.tolist()

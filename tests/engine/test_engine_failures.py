@@ -158,6 +158,22 @@ def test_logits_that_are_not_finite_end_that_request_only(
     assert engine.statistics().cache.groups[0].num_in_use == 0
 
 
+@pytest.mark.parametrize("budget", [64, 5], ids=["whole", "chunked"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_blocks_behind_logits_that_are_not_finite_are_never_found_again(runner: ModelRunner, budget: int, n: int) -> None:
+    prompt = (*PROMPTS[2][:6], ODD_TOKEN, *PROMPTS[2][6:])
+    engine = new_engine(runner, max_num_batched_tokens=budget)
+    with _spoilt(runner.model):
+        engine.add_request("bad", prompt, greedy(n=n))
+        assert {completion.finish_reason for completion in run_all(engine)["bad"].outputs} == {"error"}
+    engine.add_request("again", (*prompt, 3), greedy())
+    again = run_all(engine)["again"]
+    assert again.error is None
+    assert again.outputs[0].token_ids == generate(runner.model, (*prompt, 3), 8)
+    engine.add_request("hit", (*prompt, 5), greedy())
+    assert run_all(engine)["hit"].num_cached_tokens >= 16
+
+
 def test_logits_processor_that_raises_ends_that_request_only(runner: ModelRunner, references: dict[Prompt, tuple[int, ...]]) -> None:
     def allowed(batch: int, token_ids: torch.Tensor) -> list[int]:
         if len(token_ids) == len(PROMPTS[1]) + 3:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from scheduling_helpers import (
     complete,
@@ -319,11 +318,14 @@ def test_undo_of_a_chunk_in_a_full_pool_does_not_ask_for_another_block() -> None
     assert only_branch(record).finish_reason == "length"
 
 
-def test_branch_left_without_its_token_is_a_bug_of_the_caller_and_raised_as_one() -> None:
-    scheduler = make_scheduler()
-    submit(scheduler, "a", 3)
-    scheduler.complete(plan_of(scheduler), np.array([-1], dtype=np.int32))
-    with pytest.raises(InvariantError, match=r"request 'a' runs alone, .* was not ended with finish\(\)"):
+def test_manager_that_somebody_else_empties_is_a_bug_of_the_caller_and_raised_as_one() -> None:
+    scheduler = make_scheduler(num_blocks=5)
+    submit(scheduler, "a", 3, max_tokens=8)
+    step(scheduler)
+    stranger = scheduler.manager.open([list(range(12))]).seqs
+    scheduler.manager.extend(stranger, [12])
+    step(scheduler)
+    with pytest.raises(InvariantError, match=r"request 'a' runs alone, .* used by somebody else"):
         scheduler.plan()
 
 

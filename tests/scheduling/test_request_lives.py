@@ -251,16 +251,41 @@ def test_finish_with_an_error_of_one_whose_token_could_not_be_sampled(steady: bo
     assert only_branch(records[0]).output_token_ids.tolist() == [7] * 6
 
 
-def test_branch_whose_token_could_not_be_sampled_sits_out_until_it_is_ended() -> None:
+def test_branch_whose_token_could_not_be_sampled_computes_it_again_until_it_is_ended() -> None:
     scheduler = make_scheduler()
     for name in ("a", "b"):
         submit(scheduler, name, 3, max_tokens=10)
     step(scheduler)
     step(scheduler)  # the decode that follows is foreseen from this one
-    scheduler.complete(plan_of(scheduler), np.array([7, -1], dtype=np.int32))
-    plan = plan_of(scheduler)
-    assert plan.token_ids.tolist() == [7]
-    assert plan.num_seqs == 1
+    first = plan_of(scheduler)
+    scheduler.complete(first, np.array([7, -1], dtype=np.int32))
+    again = plan_of(scheduler)
+    assert again.token_ids.tolist() == [7, 7]
+    assert again.positions.tolist() == [first.positions[0] + 1, first.positions[1]]
+    assert again.slot_mapping[0, 1] == first.slot_mapping[0, 1]
+
+
+@pytest.mark.parametrize("budget", [64, 6])
+def test_blocks_of_a_step_without_a_token_for_their_branch_are_never_found(budget: int) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=budget)
+    records = {name: submit(scheduler, name, tokens, namespace=name) for name, tokens in (("bad", 9), ("good", 9))}
+    prompts = {name: record.request.prompt_token_ids for name, record in records.items()}
+    found_before = 0
+    while True:
+        plan = plan_of(scheduler)
+        tokens = [-1 if seq == only_branch(records["bad"]).seq else 7 for seq in plan.seqs[plan.sampling_seqs].tolist()]
+        if -1 in tokens:
+            break
+        scheduler.complete(plan, np.array(tokens, dtype=np.int32))
+        found_before = scheduler.manager.match(prompts["bad"], "bad").num_tokens
+    scheduler.complete(plan, np.array(tokens, dtype=np.int32))
+    scheduler.manager.check()
+    assert scheduler.manager.match(prompts["bad"], "bad").num_tokens == found_before < 8
+    assert scheduler.finish("bad", 0, "error")
+    run(scheduler)
+    assert scheduler.manager.match(prompts["bad"], "bad").num_tokens == found_before
+    assert scheduler.manager.match(prompts["good"], "good").num_tokens >= 8
+    assert scheduler.manager.statistics().groups[0].num_in_use == 0
 
 
 def test_finish_of_a_waiting_branch_ends_it() -> None:
