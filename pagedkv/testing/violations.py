@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pagedkv.testing.programs import Program
+
 
 class ViolationError(Exception):
     """A promise was broken by the object under test, not by its caller.
@@ -13,7 +18,12 @@ class ViolationError(Exception):
         kind: which oracle says so, one machine-readable word: ``"audit"``, ``"reference"``, ``"tokens"``, ``"ownership"``, ``"liveness"``,
             ``"fault"``, ``"accounting"``, ...
         message: what was expected and what was found.
+
+    Attributes:
+        program: the shortest ``pagedkv.testing.programs.Program`` found that ends in this violation, where a stress run raised it.
     """
+
+    program: Program | None = None
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")

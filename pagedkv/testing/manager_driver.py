@@ -1,0 +1,454 @@
+"""Runs programs on a ``KVCacheManager``, beside its reference, over storage whose every slot says what was written into it.
+
+Four oracles, each of which can be switched off to measure the others: ``audit`` (the manager's own ``check``), ``reference`` (the same
+answers and the same shape as the dictionaries), ``tokens`` (what every sequence reads through its table) and ``ownership`` (no block in the
+hands of two namespaces). Answers and refusals are compared in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+
+from pagedkv.core import Extension, KVCacheManager
+from pagedkv.errors import InvalidRequestError, InvariantError, OutOfBlocksError, PagedKVError, StaleHandleError, UnknownHandleError
+from pagedkv.plan import Int64Array
+from pagedkv.testing.agreement import compare_manager, conserve_blocks, disjoint_namespaces, read_back
+from pagedkv.testing.programs import (
+    NAMES,
+    NAMESPACES,
+    Append,
+    Cancel,
+    Complete,
+    Decode,
+    Extend,
+    Fork,
+    ManagerConfig,
+    MatchPrefix,
+    Misuse,
+    Open,
+    Operation,
+    Pin,
+    Program,
+    Prompt,
+    Purge,
+    Release,
+    Truncate,
+    Unpin,
+)
+from pagedkv.testing.reference_manager import ReferenceManager
+from pagedkv.testing.token_oracle import TokenOracle
+from pagedkv.testing.violations import ViolationError
+
+ORACLES = ("audit", "reference", "tokens", "ownership")
+LEVELS = ("off", "step", "audit")
+_NUM_MISUSES = 12
+
+
+@dataclass(slots=True)
+class _Step:
+    """An extension whose forward pass has not happened yet."""
+
+    handles: list[int]
+    extension: Extension
+    stamps: list[int]
+    live: list[int]  # those that it may still complete
+
+
+class ManagerDriver:
+    """One manager under test, and all that is needed to judge it.
+
+    Args:
+        config: sizes of the manager.
+        manager_factory: makes it, called with ``KVCacheManager``'s keyword arguments.
+        check: ``"audit"`` consults the oracles after every operation; ``"step"`` reads the tokens and adds up the blocks after every
+            completed step; ``"off"`` compares what commands return and refuse, and nothing else.
+        oracles: which of ``ORACLES`` an audit consults.
+
+    Attributes:
+        manager: the subject.
+        reference: what it should be like; its sequences are the live ones, in the order in which operations count them.
+        num_operations, num_checks, num_refusals: operations performed, oracles' rounds, calls that were refused as they should be.
+        num_decodes_on: decode steps right behind one of the same sequences, which the manager takes its short way for.
+
+    Raises:
+        InvalidRequestError: an unknown level or oracle.
+    """
+
+    def __init__(
+        self,
+        config: ManagerConfig,
+        *,
+        manager_factory: Callable[..., KVCacheManager] = KVCacheManager,
+        check: str = "audit",
+        oracles: Sequence[str] = ORACLES,
+    ) -> None:
+        if check not in LEVELS or not set(oracles) <= set(ORACLES):
+            raise InvalidRequestError(f"check is {check!r} and oracles are {list(oracles)}: choose from {LEVELS} and {ORACLES}")
+        self.config = config
+        self.manager = manager_factory(
+            num_blocks=list(config.num_blocks),
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_seq_len=(min(config.num_blocks) - 1) * config.block_size,
+            enable_prefix_caching=config.prefix_caching,
+        )
+        self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        self.tokens = TokenOracle(config.num_blocks, config.block_size)
+        self.num_operations = self.num_checks = self.num_refusals = self.num_decodes_on = 0
+        self._check = check
+        self._oracles = tuple(oracles)
+        self._step: _Step | None = None
+        self._released: list[int] = []
+        self._stepped = False
+        # Decode steps pass one frozen array as long as they are of the same sequences, as a scheduler does: the manager recognises it.
+        self._decoding = np.zeros(0, dtype=np.int64)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether a step waits for its forward pass."""
+        return self._step is not None
+
+    @property
+    def num_live(self) -> int:
+        """Live sequences."""
+        return len(self.reference.seqs)
+
+    def run(self, operation: Operation) -> bool:
+        """Perform one operation and consult the oracles; False where it means nothing now and was passed over.
+
+        Raises:
+            ViolationError: a promise was broken: an oracle's name, ``"refusal"`` for a refusal that is missing, unfounded or left traces,
+                or ``"crash"`` for any other exception.
+        """
+        try:
+            if not self._perform(operation):
+                return False
+            self.num_operations += 1
+            if self._check == "audit":
+                self.verify()
+            elif self._check == "step" and self._stepped:
+                self.num_checks += 1
+                conserve_blocks(self.manager)
+                read_back(self.manager, self.reference, self.tokens, self._waiting())
+        except InvariantError as error:
+            raise ViolationError("audit", str(error)) from error
+        except PagedKVError as error:
+            raise ViolationError("refusal", f"{type(error).__name__} without a reason: {error}") from error
+        except ViolationError:
+            raise
+        except Exception as error:
+            raise ViolationError("crash", f"{type(error).__name__}: {error}") from error
+        self._stepped = False
+        return True
+
+    def verify(self) -> None:
+        """Consult every oracle that is switched on; raises ``ViolationError``, or the ``InvariantError`` of the manager's own check."""
+        self.num_checks += 1
+        oracles = self._oracles
+        if "audit" in oracles:
+            self.manager.check()
+        if "tokens" in oracles:
+            self._poison_free_blocks()
+            read_back(self.manager, self.reference, self.tokens, self._waiting())
+        if "ownership" in oracles:
+            disjoint_namespaces(self.manager, self.reference)
+        if "reference" in oracles:
+            compare_manager(self.manager, self.reference, turn=self.num_checks)
+
+    def close(self) -> None:
+        """Let go of everything: no block may stay held. Raises ``ViolationError``."""
+        self.run(Cancel(copies_made=False))
+        self.run(Release(tuple(range(self.num_live))))
+        for _ in range(len(self.reference.pins)):
+            self.run(Unpin(0))
+        held = [group.num_in_use for group in self.manager.statistics().groups]
+        if any(held):
+            raise ViolationError("accounting", f"{held} blocks of each group are held and nobody is left")
+
+    def _perform(self, operation: Operation) -> bool:
+        match operation:
+            case Decode():
+                return self._decode(operation.tokens)
+            case Open():
+                return self._open([self._prompt(prompt) for prompt in operation.prompts])
+            case Extend():
+                return self._extend(operation)
+            case Complete():
+                return self._complete(operation.tokens, operation.only)
+            case MatchPrefix():
+                return self._match(*self._prompt(operation.prompt))
+            case Misuse():
+                return self._misuse(operation.kind, operation.pick)
+            case Cancel():
+                return self._cancel(copies_made=operation.copies_made)
+            case Unpin():
+                return self._unpin(operation.pin)
+            case Purge():
+                return self._purge(NAMESPACES[operation.namespace % len(NAMESPACES)])
+        if not self.reference.seqs:
+            return False
+        match operation:
+            case Append():
+                return self._append(self._seq(operation.seq), operation.token)
+            case Fork():
+                return self._fork(self._seq(operation.seq), max(operation.count, 1))
+            case Truncate():
+                return self._truncate(self._seq(operation.seq), operation.length)
+            case Release():
+                return self._release(self._distinct(operation.seqs))
+            case Pin():
+                return self._pin(self._seq(operation.seq), NAMESPACES[operation.namespace % len(NAMESPACES)])
+
+    # Operations: each performs the command on both sides and compares the answers.
+
+    def _open(self, prompts: list[tuple[list[int], str]]) -> bool:
+        tokens, names = [each for each, _ in prompts], [name for _, name in prompts]
+        if len(prompts) > self.config.max_num_seqs - self.num_live or max(map(len, tokens)) > self.manager.max_seq_len:
+            self._expect(InvalidRequestError, lambda: self.manager.open(tokens, names))
+            return True
+        opened = self.manager.open(tokens, names)
+        found = self.reference.open(tokens, names, opened.seqs.tolist())
+        self._agree("tokens found", opened.num_cached_tokens.tolist(), found)
+        return True
+
+    def _extend(self, operation: Extend) -> bool:
+        if self._step is not None:
+            return False
+        handles, counts = [], []
+        for handle, count in zip(self._distinct(operation.seqs), cycle(operation.counts), strict=False):
+            left = self._unreserved(handle)
+            if left:
+                handles.append(handle)
+                counts.append(1 + count % left)
+        return bool(handles) and self._begin(handles, counts)
+
+    def _begin(self, handles: list[int], counts: list[int]) -> bool:
+        seqs = self.reference.seqs
+        starts = [seqs[handle].reserved for handle in handles]
+        needed = self.manager.num_blocks_needed(handles, counts)
+        try:
+            expected = self.reference.extend(handles, counts)
+        except OutOfBlocksError as refusal:
+            error = self._expect(OutOfBlocksError, lambda: self.manager.extend(handles, counts))
+            self._agree("needed and available", vars(error), vars(refusal))
+            return True
+        self._agree("blocks needed", needed, max(expected))
+        extension = self.manager.extend(self._same_array(handles), 1) if set(counts) == {1} else self.manager.extend(handles, counts)
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        stamps: list[int] = []
+        positions: list[int] = []
+        for handle, start, end in zip(handles, starts, ends, strict=True):
+            stamps += self.tokens.stamps(seqs[handle].name, seqs[handle].tokens[:end])[start:]
+            positions += range(start, end)
+        self._agree("positions and lengths", [extension.positions.tolist(), extension.seq_lens.tolist()], [positions, ends])
+        self._step = _Step(handles, extension, stamps, list(handles))
+        return True
+
+    def _complete(self, tokens: Sequence[int], only: int | None) -> bool:
+        step, self._step = self._step, None
+        if step is None:
+            return False
+        self.tokens.copy_blocks(step.extension.copies)
+        self.tokens.write(step.extension.slot_mapping.tolist(), step.stamps)
+        done = step.live if only is None else step.live[: only % (len(step.live) + 1)]
+        nexts = [self._admissible(handle, token) for handle, token in zip(done, cycle(tokens), strict=False)]
+        self.manager.complete(self._decoding if done == self._decoding.tolist() else done, nexts)
+        self.reference.complete(done, nexts)
+        self._stepped = True
+        if len(done) < len(step.live):
+            rest = step.live[len(done) :]
+            self.manager.cancel(rest)
+            self.reference.cancel(rest)
+        return True
+
+    def _decode(self, tokens: Sequence[int]) -> bool:
+        if self._step is not None:
+            return False
+        twins = self.reference.seqs
+        handles = [seq for seq, twin in twins.items() if twin.computed == twin.reserved == len(twin.tokens) - 1]
+        if not handles:
+            return False
+        self.num_decodes_on += handles == self._decoding.tolist()
+        self._begin(handles, [1] * len(handles))
+        self._complete(tokens, None)
+        return True
+
+    def _cancel(self, *, copies_made: bool) -> bool:
+        step, self._step = self._step, None
+        if step is None:
+            return False
+        if copies_made:
+            self.tokens.copy_blocks(step.extension.copies)
+        self.manager.cancel(step.live)
+        self.reference.cancel(step.live)
+        return True
+
+    def _append(self, handle: int, token: int) -> bool:
+        if len(self.reference.seqs[handle].tokens) >= self.manager.max_seq_len:
+            self._expect(InvalidRequestError, lambda: self.manager.append([handle], [token]))
+            return True
+        self.manager.append([handle], [token])
+        self.reference.seqs[handle].tokens += [token] if token >= 0 else []
+        return True
+
+    def _fork(self, handle: int, count: int) -> bool:
+        twin = self.reference.seqs[handle]
+        if twin.reserved != twin.computed or count > self.config.max_num_seqs - self.num_live:
+            self._expect(InvalidRequestError, lambda: self.manager.fork(handle, count))
+            return True
+        self.reference.fork(handle, self.manager.fork(handle, count).tolist())
+        return True
+
+    def _truncate(self, handle: int, length: int) -> bool:
+        length = 1 + length % len(self.reference.seqs[handle].tokens)
+        self._leave_step(handle)
+        self.manager.truncate([handle], [length])
+        self.reference.truncate(handle, length)
+        return True
+
+    def _release(self, handles: list[int]) -> bool:
+        for handle in handles:
+            self._leave_step(handle)
+        self.manager.release(handles)
+        self.reference.release(handles)
+        self._released += handles
+        return True
+
+    def _pin(self, handle: int, name: str) -> bool:
+        tokens = self.reference.seqs[handle].tokens
+        pin, found = self.manager.pin(tokens, name)
+        self._agree("tokens pinned", found, self.reference.pin(pin, tokens, name))
+        return True
+
+    def _unpin(self, place: int) -> bool:
+        pins = list(self.reference.pins)
+        if not pins:
+            return False
+        pin = pins[place % len(pins)]
+        self.manager.unpin(pin)
+        self.reference.unpin(pin)
+        self._expect(StaleHandleError, lambda: self.manager.unpin(pin))
+        return True
+
+    def _purge(self, name: str) -> bool:
+        self._agree("blocks purged", self.manager.purge(name), self.reference.purge(name))
+        return True
+
+    def _match(self, tokens: list[int], name: str) -> bool:
+        expected = self.reference.match(tokens, name)
+        self._agree("tokens matched", self.manager.match(tokens, name).num_tokens, len(expected[0]) * self.config.block_size)
+        return True
+
+    def _misuse(self, kind: int, pick: int) -> bool:
+        manager = self.manager
+        released = self._released[-1 - pick % len(self._released)] if self._released else 0
+        wrong, error = (released, StaleHandleError) if released and pick % 2 else ((0, -1, 99_999 << 32)[pick % 3], UnknownHandleError)
+        live = list(self.reference.seqs)
+        one = live[pick % len(live)] if live else wrong
+        handle_calls: tuple[Callable[[], object], ...] = (
+            lambda: manager.release([*live, wrong]),
+            lambda: manager.extend([wrong], 1),
+            lambda: manager.complete([wrong], [0]),
+            lambda: manager.cancel([wrong]),
+            lambda: manager.fork(wrong, 1),
+            lambda: manager.truncate([wrong], [1]),
+            lambda: manager.append([wrong], [0]),
+        )
+        value_calls: tuple[Callable[[], object], ...] = (
+            lambda: manager.release([one, one]),
+            lambda: manager.truncate([one], [0]),
+            lambda: manager.fork(one, 0),
+            lambda: manager.append([one], [-2]),
+            lambda: manager.open([[0], []]),
+        )
+        kind %= _NUM_MISUSES if live else len(handle_calls)
+        if kind < len(handle_calls):
+            self._expect(error, handle_calls[kind])
+        else:
+            self._expect(InvalidRequestError, value_calls[kind - len(handle_calls)])
+        return True
+
+    # How it is done.
+
+    def _seq(self, place: int) -> int:
+        live = self.reference.seqs
+        return next(islice(live, place % len(live), None))
+
+    def _distinct(self, places: Sequence[int]) -> list[int]:
+        live = list(self.reference.seqs)
+        return list(dict.fromkeys(live[place % len(live)] for place in places)) if live else []
+
+    def _prompt(self, prompt: Prompt) -> tuple[list[int], str]:
+        start: list[int] = self.reference.seqs[self._seq(prompt.like)].tokens if self.reference.seqs else []
+        kept = start[: prompt.keep % (len(start) + 1)]
+        return [*kept, *prompt.tokens], NAMESPACES[prompt.namespace % len(NAMESPACES)]
+
+    def _unreserved(self, handle: int) -> int:
+        twin = self.reference.seqs[handle]
+        return len(twin.tokens) - twin.reserved
+
+    def _admissible(self, handle: int, token: int) -> int:
+        """A next token belongs behind the last known one only when all known ones are computed."""
+        twin = self.reference.seqs[handle]
+        return token if twin.reserved == len(twin.tokens) < self.manager.max_seq_len else -1
+
+    def _waiting(self) -> Sequence[int]:
+        """Sequences whose block copies may not have been made yet."""
+        return self._step.live if self._step is not None else ()
+
+    def _same_array(self, handles: list[int]) -> Int64Array:
+        if self._decoding.tolist() != handles:
+            self._decoding = np.array(handles, dtype=np.int64)
+            self._decoding.flags.writeable = False
+        return self._decoding
+
+    def _leave_step(self, handle: int) -> None:
+        if self._step is not None and handle in self._step.live:
+            self._step.live.remove(handle)
+
+    def _poison_free_blocks(self) -> None:
+        if self._step is None:  # else a block of an aborted sequence is still to be written by the step
+            for group, ids in enumerate(self.manager.free_block_ids()):
+                self.tokens.poison(group, ids.tolist())
+
+    def _agree(self, what: str, got: object, expected: object) -> None:
+        if "reference" in self._oracles and got != expected:
+            raise ViolationError("reference", f"{what}: {got}, expected {expected}")
+
+    def _expect(self, error: type[PagedKVError], command: Callable[[], object]) -> PagedKVError:
+        before = self.manager.snapshot()
+        try:
+            command()
+        except error as refusal:
+            if self.manager.snapshot() != before:
+                raise ViolationError("refusal", f"{type(refusal).__name__} was raised after a change: {refusal}") from refusal
+            self.num_refusals += 1
+            return refusal
+        raise ViolationError("refusal", f"{error.__name__} was not raised")
+
+
+def run_program(
+    program: Program,
+    *,
+    manager_factory: Callable[..., KVCacheManager] = KVCacheManager,
+    check: str = "audit",
+    oracles: Sequence[str] = ORACLES,
+) -> ManagerDriver:
+    """Run a program to its end and let go of everything; arguments as for ``ManagerDriver``.
+
+    Raises:
+        ViolationError: as ``ManagerDriver.run``; a note names the operation.
+    """
+    driver = ManagerDriver(program.config, manager_factory=manager_factory, check=check, oracles=oracles)
+    for number, operation in enumerate(program.operations):
+        try:
+            driver.run(operation)
+        except ViolationError as error:
+            error.add_note(f"operation {number} of {len(program.operations)}, {NAMES[type(operation)]}: {operation}")
+            raise
+    driver.close()
+    return driver

@@ -1,0 +1,144 @@
+"""Stress for a manager: random sessions, one after the other, every one from a seed of its own, until a budget is used up."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+
+from pagedkv.core import KVCacheManager
+from pagedkv.errors import InvalidRequestError
+from pagedkv.testing.generators import OperationGenerator, random_config
+from pagedkv.testing.manager_driver import ManagerDriver, run_program
+from pagedkv.testing.programs import NAMES, Operation, Program
+from pagedkv.testing.shrink import shrink
+from pagedkv.testing.violations import ViolationError
+
+SESSION_LENGTH = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a stress run did; it is there only if nothing was violated.
+
+    Attributes:
+        operations: performed on managers.
+        checks: rounds of the oracles.
+        refusals: calls that had to be refused, and were, without a trace.
+        faults: injected faults; this driver injects none.
+        seconds: of wall clock.
+        by_operation: operations of each kind.
+        seeds: the first session's seed and the last one's; every number between them is a session's as well.
+    """
+
+    operations: int
+    checks: int
+    refusals: int
+    faults: int
+    seconds: float
+    by_operation: Mapping[str, int]
+    seeds: tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Totals:
+    began: float
+    operations: int = 0
+    checks: int = 0
+    refusals: int = 0
+    by_operation: Counter[str] = field(default_factory=Counter)
+
+    def report(self, first: int, last: int) -> Report:
+        seconds = monotonic() - self.began
+        return Report(self.operations, self.checks, self.refusals, 0, seconds, dict(sorted(self.by_operation.items())), (first, last))
+
+
+def stress_manager(
+    *,
+    seed: int = 0,
+    num_operations: int | None = None,
+    seconds: float | None = None,
+    num_blocks: int | None = None,
+    block_size: int | None = None,
+    check: str = "audit",
+    on_progress: Callable[[Report], object] | None = None,
+    manager_factory: Callable[..., KVCacheManager] = KVCacheManager,
+    max_shrink_runs: int = 500,
+) -> Report:
+    """Run random sessions on fresh managers until a budget is used up.
+
+    The time is looked at between sessions and decides nothing but when to stop: session ``i`` is the same for the same ``seed + i``.
+
+    Args:
+        seed: of the first session; the others count on from there.
+        num_operations: stop after so many; 10,000 when neither budget is given.
+        seconds: stop after so many.
+        num_blocks: size of every pool, the null block included, at least 3; drawn for each session when not given.
+        block_size: tokens in a block; drawn for each session when not given.
+        check: how much is verified; see ``ManagerDriver``.
+        on_progress: called after each session with the account so far.
+        manager_factory: makes the managers; see ``ManagerDriver``.
+        max_shrink_runs: runs that may be spent on making a failing program shorter.
+
+    Returns:
+        the account; reaching the end means that nothing was violated.
+
+    Raises:
+        InvalidRequestError: a budget or a size that cannot work.
+        ViolationError: a promise was broken; ``program`` is the shortest program found, and notes name the seed and the operation.
+    """
+    if num_operations is None and seconds is None:
+        num_operations = 10_000
+    for name, value, least in (("num_operations", num_operations, 1), ("num_blocks", num_blocks, 3), ("block_size", block_size, 1)):
+        if value is not None and value < least:
+            raise InvalidRequestError(f"{name} is {value}: it must be at least {least}")
+    totals, number = _Totals(monotonic()), 0
+    while True:
+        left = SESSION_LENGTH if num_operations is None else min(SESSION_LENGTH, num_operations - totals.operations)
+        _session(seed + number, left, totals, (num_blocks, block_size, check, manager_factory, max_shrink_runs))
+        report = totals.report(seed, seed + number)
+        if on_progress is not None:
+            on_progress(report)
+        if (num_operations is not None and totals.operations >= num_operations) or (seconds is not None and report.seconds >= seconds):
+            return report
+        number += 1
+
+
+def _session(
+    seed: int, length: int, totals: _Totals, options: tuple[int | None, int | None, str, Callable[..., KVCacheManager], int]
+) -> None:
+    num_blocks, block_size, check, factory, max_shrink_runs = options
+    rng = random.Random(seed)
+    config = random_config(rng, num_blocks=num_blocks, block_size=block_size)
+    driver, operations = ManagerDriver(config, manager_factory=factory, check=check), OperationGenerator(rng, config)
+    done: list[Operation] = []
+    try:
+        while driver.num_operations < length:
+            operation = operations.draw(driver)
+            done.append(operation)
+            if driver.run(operation):
+                totals.by_operation[NAMES[type(operation)]] += 1
+        performed = driver.num_operations
+        driver.close()
+    except ViolationError as error:
+        kind = error.kind
+        program = Program(config, tuple(done))
+
+        def fails(candidate: Program) -> bool:
+            try:
+                run_program(candidate, manager_factory=factory, check=check)
+            except ViolationError as again:
+                return again.kind == kind
+            return False
+
+        error.program = shrink(program, fails, max_runs=max_shrink_runs)
+        error.add_note(
+            f"seed {seed}, operation {driver.num_operations} of the session, {totals.operations + driver.num_operations} in all; "
+            f"{len(done)} operations, {len(error.program.operations)} after shrinking"
+        )
+        raise
+    totals.operations += performed
+    totals.checks += driver.num_checks
+    totals.refusals += driver.num_refusals
