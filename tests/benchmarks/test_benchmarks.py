@@ -115,3 +115,10 @@ def test_linear_tiny_model_measures_every_shape_and_the_step(tmp_path: Path) -> 
     for rows in (1, 16, 64):
         need(figures, f"step, {rows} rows, plain, ms", f"step, {rows} rows, packed, ms")
     assert figures["packed layers"] == 15
+
+
+def test_stress_quick_run_counts_what_it_audited(tmp_path: Path) -> None:
+    figures = run("stress.py", tmp_path)["figures"]
+    need(figures, "operations_per_s_off", "operations_per_s_step", "operations_per_s_audit", "first_seed", "last_seed")
+    assert figures["checks"] >= figures["operations"] == 4000
+    assert figures["violations"] == 0
