@@ -109,6 +109,9 @@ class Engine:
 
     An error in one request ends that request alone; where its logits were not finite, nobody finds any more what it has read or computed.
     When a whole step fails, ``step`` raises ``StepError`` and everything is as before it.
+
+    There is no thread and no lock in here. Who calls from several threads holds one lock around every call, ``step`` included, or hands
+    commands over through a queue to the one thread that steps and empties the queue between two steps.
     """
 
     def __init__(

@@ -1,0 +1,77 @@
+"""A runner that fails when told to, and remembers every plan. Owns no model: it wraps one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pagedkv.plan import Int64Array, StepPlan
+from pagedkv.testing.hash_model import HashModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from pagedkv.models import ModelRunner
+    from pagedkv.storage import KVStorage, StepBatch
+
+Fault = Literal["before", "after", "logits"]
+
+
+class SimulatedRunner:
+    """What an ``Engine`` needs of a ``ModelRunner``, passed on to one, with faults.
+
+    Args:
+        inner: the model.
+        namespace_of: namespace number of a sequence handle; asked for the hash model only.
+
+    Attributes:
+        fault: of the next forward: it raises ``MemoryError`` before or after the model has run, or the logits of the first sequence that
+            samples are NaN and its blocks unreadable. Cleared by whoever sets it.
+        digest: of all plans so far.
+        num_tokens: of the last step.
+        num_spoilt: sequences whose logits were made NaN.
+    """
+
+    def __init__(self, inner: ModelRunner, namespace_of: Callable[[int], int]) -> None:
+        self._inner = inner
+        if isinstance(inner, HashModel):
+            inner.namespaces_of = self._namespaces
+        self._namespace_of = namespace_of
+        self.block_size, self.device = inner.block_size, inner.device
+        self.vocab_size, self.num_token_ids = inner.vocab_size, inner.num_token_ids
+        self.max_positions, self.eos_token_ids = inner.max_positions, inner.eos_token_ids
+        self.fault: Fault | None = None
+        self.digest = hashlib.sha256()
+        self.num_tokens = self.num_spoilt = 0
+
+    def new_storage(self, num_blocks: int) -> KVStorage:
+        """The model's own."""
+        return self._inner.new_storage(num_blocks)
+
+    def forward(self, batch: StepBatch, storage: KVStorage) -> torch.Tensor:
+        """Run the model, or fail."""
+        plan = batch.plan
+        self.num_tokens = plan.num_tokens
+        for array in (plan.seqs, plan.token_ids, plan.slot_mapping, plan.logits_indices, *plan.copies):
+            self.digest.update(np.ascontiguousarray(array).tobytes())
+        if self.fault == "before":
+            raise MemoryError("simulated: no memory for this step")
+        logits = self._inner.forward(batch, storage)
+        if self.fault == "after":
+            raise MemoryError("simulated: the step failed at its end")
+        if self.fault == "logits" and len(plan.sampling_seqs):
+            self._spoil(plan, storage, logits)
+        return logits
+
+    def _spoil(self, plan: StepPlan, storage: KVStorage, logits: torch.Tensor) -> None:
+        seq = int(plan.sampling_seqs[0])
+        logits[int(plan.sampling_logits[0])] = float("nan")
+        written = plan.slot_mapping[0, int(plan.cu_seqlens_q[seq]) : int(plan.cu_seqlens_q[seq + 1])] // self.block_size
+        storage.fill(np.unique(written), float("nan"))
+        self.num_spoilt += 1
+
+    def _namespaces(self, plan: StepPlan) -> Int64Array:
+        return np.array([self._namespace_of(seq) for seq in plan.seqs.tolist()], dtype=np.int64)

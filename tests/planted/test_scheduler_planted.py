@@ -1,0 +1,161 @@
+"""Bugs of the scheduler and the engine, planted one at a time: the simulation finds each within a few lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pagedkv.core import KVCacheManager
+from pagedkv.engine import Engine
+from pagedkv.plan import Int32Array, StepPlan
+from pagedkv.scheduling import Assignment, Branch, Scheduler
+from pagedkv.scheduling.admission import Admission
+from pagedkv.scheduling.planning import PlanBuilder
+from pagedkv.scheduling.request import Request
+from pagedkv.scheduling.running import RunningSet
+from pagedkv.seating import Seating
+from pagedkv.testing.hash_model import HashStorage
+from pagedkv.testing.simulation import simulate
+from pagedkv.testing.violations import ViolationError
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+MAX_LIVES = 150
+
+
+def changed(owner: type, name: str, make: Callable[..., object]) -> Plant:
+    """Replace a method; ``make`` gets the right one and its arguments."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        right = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, **options: make(right, *arguments, **options))
+
+    return plant
+
+
+def publish_what_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complete_all(scheduler: Scheduler, plan: StepPlan, sampled: Int32Array) -> None:
+        next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
+        next_ids[plan.sampling_seqs] = sampled
+        scheduler.manager.complete(plan.seqs, next_ids)
+
+    monkeypatch.setattr(Scheduler, "_complete_tables", complete_all)
+    monkeypatch.setattr(KVCacheManager, "distrust", lambda manager, seqs: 0)
+
+
+def undo_without_cancel(right: Callable[..., None], scheduler: Scheduler, plan: StepPlan) -> None:
+    scheduler.manager.complete(plan.seqs)
+    right(scheduler, plan)
+
+
+def assign_all_but_the_last(right: Callable[..., None], seating: Seating, assignments: list[Assignment], responses: object) -> None:
+    right(seating, assignments[:-1] if len(assignments) > 1 else assignments, responses)
+
+
+def forget_output(right: Callable[..., None], scheduler: Scheduler, branches: list[Branch]) -> None:
+    right(scheduler, branches)
+    for branch in branches:
+        branch.token_ids = branch.request.prompt_token_ids
+
+
+def forget_last_token(right: Callable[..., None], scheduler: Scheduler, branches: list[Branch]) -> None:
+    right(scheduler, branches)
+    for branch in branches:
+        if len(branch.token_ids) > 1:
+            branch.token_ids = branch.token_ids[:-1]
+
+
+def drop_salt(right: Callable[..., Request], engine: Engine, *arguments: object) -> Request:
+    return replace(right(engine, *arguments), namespace="")
+
+
+def number_forks_alike(right: Callable[..., list[Assignment]], scheduler: Scheduler) -> list[Assignment]:
+    return [replace(assignment, index=0) for assignment in right(scheduler)]
+
+
+def budget_and_one(right: Callable[..., int], builder: PlanBuilder, row: int, budget: int) -> int:
+    return right(builder, row, budget + 1)
+
+
+def sample_from_a_neighbour(right: Callable[..., StepPlan], builder: PlanBuilder, step: int) -> StepPlan:
+    plan = right(builder, step)
+    return replace(plan, sampling_logits=plan.sampling_logits[::-1].copy())
+
+
+def lengths_of_chunks_alone(right: Callable[..., StepPlan], builder: PlanBuilder, step: int) -> StepPlan:
+    plan = right(builder, step)
+    return replace(plan, seq_lens=np.where(plan.query_lens > 1, plan.query_lens, plan.seq_lens).astype(np.int32))
+
+
+def positions_from_zero(right: Callable[..., StepPlan], builder: PlanBuilder, step: int) -> StepPlan:
+    plan = right(builder, step)
+    starts = np.repeat(plan.cu_seqlens_q[:-1], plan.query_lens)
+    chunk = np.repeat(plan.query_lens > 1, plan.query_lens)
+    return replace(plan, positions=np.where(chunk, np.arange(plan.num_tokens) - starts, plan.positions).astype(np.int32))
+
+
+def deliver_only_what_streams(right: Callable[..., None], engine: Engine, touched: dict[str, None]) -> None:
+    if not touched:
+        engine._scheduler.take_ended()
+    right(engine, touched)
+
+
+def forget_stops_of_the_preempted(right: Callable[..., None], running: RunningSet, branch: Branch) -> None:
+    right(running, branch)
+    if branch.num_preemptions:
+        running._stops[branch.row] = -2
+
+
+def count_anew_after_preemption(right: Callable[..., None], running: RunningSet, branch: Branch) -> None:
+    right(running, branch)
+    running.limits[branch.row] += len(branch.token_ids) - len(branch.request.prompt_token_ids)
+
+
+def tokens_for_each_other(right: Callable[..., None], scheduler: Scheduler, plan: StepPlan, token_ids: Int32Array) -> None:
+    right(scheduler, plan, token_ids[::-1])
+
+
+def leak_on_abort(right: Callable[..., None], scheduler: Scheduler, branch: Branch, reason: str, stop: object) -> None:
+    if reason == "abort" and branch.seq:
+        scheduler.manager.fork(branch.seq, 1)
+    right(scheduler, branch, reason, stop)
+
+
+BUGS: Mapping[str, Plant] = {
+    "what a step without logits computed is found": publish_what_has_no_token,
+    "copies are planned and not made": changed(HashStorage, "copy_blocks", lambda right, *_: None),
+    "a failed step counts as computed": changed(Scheduler, "undo", undo_without_cancel),
+    "the last of many rows is not seated": changed(Seating, "assign", assign_all_but_the_last),
+    "an abort leaks a sequence": changed(Scheduler, "_finish", leak_on_abort),
+    "preemption forgets the output": changed(Scheduler, "_preempt", forget_output),
+    "preemption forgets the last token": changed(Scheduler, "_preempt", forget_last_token),
+    "the salt is dropped on the way": changed(Engine, "_request", drop_salt),
+    "all continuations draw as the first": changed(Scheduler, "take_assignments", number_forks_alike),
+    "the token budget is off by one": changed(PlanBuilder, "fit_chunk", budget_and_one),
+    "a sequence samples from its neighbour's logits": changed(PlanBuilder, "build", sample_from_a_neighbour),
+    "a chunk does not count what came before it": changed(PlanBuilder, "build", lengths_of_chunks_alone),
+    "a chunk's positions begin at zero": changed(PlanBuilder, "build", positions_from_zero),
+    "who ends without a token is not delivered": changed(Engine, "_deliver", deliver_only_what_streams),
+    "a preempted request forgets its stop tokens": changed(RunningSet, "add", forget_stops_of_the_preempted),
+    "a preempted request may be longer": changed(RunningSet, "add", count_anew_after_preemption),
+    "tokens go to each other's sequences": changed(Scheduler, "complete", tokens_for_each_other),
+    "rows are not asked for on admission": changed(Admission, "_has_room", lambda right, *_: True),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_simulation_finds_the_bug(name: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, Any], None]) -> None:
+    BUGS[name](monkeypatch)
+    steps = 0
+    for seed in range(MAX_LIVES):
+        try:
+            steps += simulate(seed).num_steps
+        except ViolationError as error:
+            steps += int(error.__notes__[-1].split("step ")[1].split(",")[0])
+            record_property("steps", steps)
+            record_property("kind", error.kind)
+            return
+    pytest.fail(f"{name!r} survived {MAX_LIVES} lives of {steps} steps")
