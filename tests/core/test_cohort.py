@@ -163,3 +163,16 @@ def test_extension_of_a_cohort_stays_as_it_was_given() -> None:
     twins.complete(3, 4, 5, 6)
     twins.steps(6, 3, 4, 5, 6)
     assert [extension.slot_mapping.tolist(), extension.positions.tolist(), extension.seq_lens.tolist()] == taken
+
+
+def test_table_of_a_single_cell_decodes() -> None:
+    manager = KVCacheManager(num_blocks=2, block_size=2, max_num_seqs=1)
+    seqs = manager.open([[0]]).seqs
+    manager.extend(seqs, 1)
+    manager.cancel(seqs)
+    seqs.flags.writeable = False
+    manager.rows_of(seqs)  # recognised from now on
+    assert manager.extend(seqs, 1).slot_mapping.tolist() == [[2]]
+    manager.complete(seqs, [1])
+    assert manager.extend(seqs, 1).slot_mapping.tolist() == [[3]]
+    manager.check()
