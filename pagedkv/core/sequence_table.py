@@ -111,7 +111,7 @@ class SequenceTable:
     def blocks_at(self, cells: Int64Array, columns: Int32Array, roots: Int32Array) -> list[list[int]]:
         """Per group, the blocks in these flat places, which are in these columns; the row's root where the column is before the first."""
         # A place before the first column may lie before the table as well; what is read there is replaced by the root.
-        blocks = self.block_tables.reshape(len(self.block_tables), -1).take(cells, axis=1, mode="clip")
+        blocks = self.block_tables.reshape(len(self.block_tables), -1)[:, np.maximum(cells, 0)]
         chosen: list[list[int]] = np.where(columns < 0, roots, blocks).tolist()
         return chosen
 
