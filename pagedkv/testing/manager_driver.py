@@ -2,7 +2,7 @@
 
 Four oracles, each of which can be switched off to measure the others: ``audit`` (the manager's own ``check``), ``reference`` (the same
 answers and the same shape as the dictionaries), ``tokens`` (what every sequence reads through its table) and ``ownership`` (no block in the
-hands of two namespaces). Answers and refusals are compared in any case.
+hands of two namespaces). Refusals are compared in any case, answers where ``reference`` is on.
 """
 
 from __future__ import annotations

@@ -99,7 +99,6 @@ class Job:
     name: str
     prompt: tuple[int, ...]
     max_tokens: int
-    min_tokens: int
     stops: tuple[int, ...]
     n: int
     priority: int
@@ -118,7 +117,6 @@ class Job:
             temperature=1.0 if self.drawn else 0.0,
             seed=len(self.prompt),
             max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens if stops and not self.drawn else 0,
             stop_token_ids=list(self.stops) if stops else [],
             ignore_eos=True,
             n=self.n,
@@ -148,7 +146,6 @@ def draw_job(rng: random.Random, setting: SimulationSetting, name: str, known: S
         name=name,
         prompt=prompt,
         max_tokens=rng.randint(1, 5 * size + 2),
-        min_tokens=0,
         stops=tuple(rng.randrange(vocab_size) for _ in range(rng.choice([0, 0, 4]))),
         n=rng.choice([1, 1, 1, 2, 3]),
         priority=rng.randint(0, 3),
