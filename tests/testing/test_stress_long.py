@@ -1,4 +1,4 @@
-"""A bounded number of audited operations for CI: two processes reach 200,000 together."""
+"""200,000 audited operations, which CI runs whole."""
 
 from __future__ import annotations
 
