@@ -17,7 +17,7 @@ from control_operations import OPERATIONS, measure_operations
 from rivals import run_elsewhere
 from rivals.workload import BLOCK_SIZE, VOCAB_SIZE, DecodeHarness, Workload, measure
 
-from pagedkv.core import KVCacheManager
+from pagedkv.core import CheckLevel, KVCacheManager
 from pagedkv.scheduling import Request, Scheduler, SchedulerConfig
 
 RUNNING = (1, 64, 256, 1_024, 4_096, 16_384)
@@ -27,6 +27,10 @@ POOLS_QUICK = (1_000, 10_000)
 FLAT_RUNNING = 1_024
 FLAT_POOLS = (100_000, 1_000_000)
 FLAT_ROUNDS = 3
+LEVELS: tuple[CheckLevel, ...] = ("off", "step", "audit")
+LEVELS_RUNNING = (64, 1_024)
+LEVELS_RUNNING_QUICK = (64,)
+AUDITED_STEPS = 32  # an audit looks at every sequence and block, at a thousand times the price of the rest
 SEQUENCE_STEPS = 256_000  # steps x running sequences that are timed, within the limits below
 FEWEST_STEPS, MOST_STEPS = 32, 512
 NOTES = (
@@ -72,13 +76,13 @@ class CoreHarness(DecodeHarness):
 
 
 class SchedulerHarness(DecodeHarness):
-    """The scheduler, as the engine drives it: ``plan``, then ``complete``. Arguments as for ``CoreHarness``."""
+    """The scheduler, as the engine drives it: ``plan``, then ``complete``. Arguments as for ``CoreHarness``, and the check level."""
 
-    def __init__(self, workload: Workload, *, num_blocks: int | None = None) -> None:
+    def __init__(self, workload: Workload, *, num_blocks: int | None = None, check: CheckLevel = "off") -> None:
         self._workload = workload
         self._rng = np.random.default_rng(workload.seed + 1)
         config = SchedulerConfig(max_num_seqs=workload.num_running, max_num_batched_tokens=workload.num_prompt_tokens)
-        self._scheduler = Scheduler(_manager(workload, num_blocks), config)
+        self._scheduler = Scheduler(_manager(workload, num_blocks, check), config)
 
     def prefill(self) -> None:
         for number, prompt in enumerate(self._workload.prompts()):
@@ -105,6 +109,7 @@ def main() -> None:
     args = _options()
     report = Report("control plane: microseconds to plan and to keep books", args.json)
     _steps(report, args)
+    _levels(report, args)
     if not args.quick:
         _flatness(report, args)
     _operations(report, args)
@@ -122,12 +127,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _manager(workload: Workload, num_blocks: int | None) -> KVCacheManager:
+def _manager(workload: Workload, num_blocks: int | None, check: CheckLevel = "off") -> KVCacheManager:
     return KVCacheManager(
         num_blocks=num_blocks or workload.num_blocks,
         block_size=BLOCK_SIZE,
         max_num_seqs=workload.num_running,
         max_seq_len=workload.max_model_len,
+        check=check,
     )
 
 
@@ -177,6 +183,20 @@ def _rival_step(report: Report, name: str, options: dict[str, Any], workload: Wo
 def _num_steps(num_running: int, *, quick: bool) -> int:
     steps = min(max(SEQUENCE_STEPS // num_running, FEWEST_STEPS), MOST_STEPS) // BLOCK_SIZE * BLOCK_SIZE
     return min(steps, 64) if quick else steps
+
+
+def _levels(report: Report, args: argparse.Namespace) -> None:
+    rows = []
+    for num_running in LEVELS_RUNNING_QUICK if args.quick else LEVELS_RUNNING:
+        steps = _num_steps(num_running, quick=args.quick)
+        spreads = []
+        for level in LEVELS:
+            workload = Workload(num_running, min(steps, AUDITED_STEPS) if level == "audit" else steps, args.seed)
+            spreads.append(Spread.of(measure(workload, partial(SchedulerHarness, check=level)), scale=1e6))
+            report.figure(f"decode step, check={level}, {num_running} running, us", spreads[-1])
+        rows.append([num_running, *spreads, *(spread.median / spreads[0].median for spread in spreads[1:])])
+    columns = ["running sequences", *(f'check="{level}"' for level in LEVELS), *(f"{level} / off" for level in LEVELS[1:])]
+    report.table("Microseconds to plan and complete a decode step, by check level", columns, rows)
 
 
 def _flatness(report: Report, args: argparse.Namespace) -> None:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pagedkv.core import CacheStatistics, KVCacheManager, Snapshot
+from pagedkv.core import CacheStatistics, CheckLevel, KVCacheManager, Snapshot
+from pagedkv.core.guard import parse_check_level
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
 from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
 from pagedkv.plan import Int64Array, StepPlan
+from pagedkv.poisoning import Poison
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
 from pagedkv.responses import Response, with_texts
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
@@ -40,6 +42,8 @@ class EngineConfig:
         enable_prefix_caching: whether full blocks are kept to be found again.
         seed: for requests that bring none.
         watermark: share of the blocks kept free when a request is admitted beside others.
+        check: how closely blocks, tables and queues are watched: ``"off"``, ``"step"`` (conservation laws) or ``"audit"`` (everything, and
+            before each forward pass all blocks that hold nothing valid are NaN); see ``pagedkv.core.CheckLevel``.
 
     Raises:
         ConfigError: names the setting.
@@ -52,8 +56,10 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     watermark: float = 0.01
+    check: CheckLevel = "off"
 
     def __post_init__(self) -> None:
+        parse_check_level(self.check)
         for name in ("num_blocks", "seed", "max_model_len"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -108,7 +114,8 @@ class Engine:
         ConfigError: a size that cannot work.
 
     An error in one request ends that request alone; where its logits were not finite, nobody finds any more what it has read or computed.
-    When a whole step fails, ``step`` raises ``StepError`` and everything is as before it.
+    When a whole step fails, ``step`` raises ``StepError`` and everything is as before it. A broken invariant that a check level finds is
+    raised from the call that met it, as ``InvariantError``; nothing is undone or repaired, and ``snapshot`` shows what was found.
 
     There is no thread and no lock in here. Who calls from several threads holds one lock around every call, ``step`` included, or hands
     commands over through a queue to the one thread that steps and empties the queue between two steps.
@@ -139,7 +146,9 @@ class Engine:
             max_num_seqs=limits.max_running,
             max_seq_len=self.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
+            check=config.check,
         )
+        self._poison = Poison.at_level(self._manager, self._storage)
         self._scheduler = Scheduler(self._manager, limits, policy=policy, clock=clock)
         self._batches = BatchBuilder(runner.device, runner.block_size)
         self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
@@ -213,8 +222,12 @@ class Engine:
         return branches[0].seq
 
     def check(self) -> None:
-        """Verify every invariant of blocks, cached prefixes and tables; O(everything). Raises ``InvariantError`` naming a broken one."""
+        """Verify every invariant of blocks, cached prefixes, tables and queues; O(everything).
+
+        Raises ``InvariantError`` naming a broken one.
+        """
         self._manager.check()
+        self._scheduler.check()
 
     def explain(self, request_id: str) -> str:
         """What happened to a request and why, a line each; for live requests and the last ended ones.
@@ -340,6 +353,8 @@ class Engine:
                 self._seating.assign(self._scheduler.take_assignments(), self._responses)
                 batch = self._batches.build(plan)
                 self._storage.copy_blocks(plan.copies)
+                if self._poison is not None:
+                    self._poison.spread(plan.copies)
                 logits = self._runner.forward(batch, self._storage)
                 sampled = self._sample(plan, logits)
                 self._book_prompt_logits(plan, logits)

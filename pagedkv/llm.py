@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pagedkv.attention import AttentionBackend
+from pagedkv.core import CheckLevel
 from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import ModelRunner, load_model, load_tokenizer
@@ -67,6 +68,8 @@ class LLM:
             ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
+        check: how closely blocks, tables and queues are watched: ``"off"``; ``"step"``, conservation laws; ``"audit"``, everything after
+            every command, for tests and debugging. See ``pagedkv.core.CheckLevel``.
 
     Raises:
         ConfigError: a setting that cannot work. ``UnsupportedModelError``, ``UnsupportedBackendError``: with the reason.
@@ -92,6 +95,7 @@ class LLM:
         pack_linears: bool | Literal["auto"] = "auto",
         scheduling_policy: str | SchedulingPolicy = "fcfs",
         seed: int = 0,
+        check: CheckLevel = "off",
     ) -> None:
         if num_blocks is not None and kv_cache_memory_bytes is not None:
             raise ConfigError("num_blocks and kv_cache_memory_bytes were both given: give one")
@@ -106,6 +110,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             watermark=self._limits.watermark,
+            check=check,
         )
         self._policy = _policy(scheduling_policy)
         self._memory_share = memory_share

@@ -17,7 +17,7 @@ BASE = {"errors", "plan"}
 STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
-TOP = {*MODELS, "core", "scheduling", "sampling", "outputs", "engine", "llm", "prompts", "responses", "seating", "sizing"}
+TOP = {*MODELS, "core", "scheduling", "sampling", "outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning"}
 
 # A module or package, and what of the house it may import. Itself is always allowed.
 ALLOWED: dict[str, set[str]] = {
@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "sizing": MODELS | {"core", "scheduling"},
     "responses": BASE | {"outputs", "sampling", "scheduling"},
     "seating": BASE | {"core", "models", "responses", "sampling", "scheduling"},
+    "poisoning": BASE | {"core", "storage"},
     "engine": TOP - {"engine", "llm"},
     "llm": TOP - {"llm"},
     "__init__": TOP,

@@ -5,6 +5,8 @@ Start with ``KVCacheManager``; the parts below it (``BlockPool``, ``PrefixCache`
 
 from pagedkv.core.block_pool import NULL_BLOCK, Allocation, BlockPool
 from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
+from pagedkv.core.guard import CheckLevel
+from pagedkv.core.guarded import GuardedKVCacheManager
 from pagedkv.core.manager import KVCacheManager, Match, Opened
 from pagedkv.core.prefix_cache import PrefixCache
 from pagedkv.core.report import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
@@ -16,9 +18,11 @@ __all__ = [
     "Allocation",
     "BlockPool",
     "CacheStatistics",
+    "CheckLevel",
     "EvictionPolicy",
     "Extension",
     "GroupStatistics",
+    "GuardedKVCacheManager",
     "KVCacheManager",
     "LeastRecentlyUsed",
     "Match",

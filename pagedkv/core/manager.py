@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from pagedkv.core import auditing
 from pagedkv.core.cohort import Cohort
 from pagedkv.core.eviction import EvictionPolicy
+from pagedkv.core.guard import CheckLevel, parse_check_level
 from pagedkv.core.layer_group import LayerGroup
 from pagedkv.core.prefix_cache import Namespaces
 from pagedkv.core.publication import Publication
@@ -56,9 +58,12 @@ class KVCacheManager:
         max_seq_len: tokens in one sequence at most; the largest pool's capacity when not given.
         enable_prefix_caching: whether full blocks are published and matched.
         policy: makes the eviction policy for a pool of so many blocks; least recently used when not given.
+        check: what is verified after every command, see ``CheckLevel``: ``"off"``, ``"step"`` (conservation laws) or ``"audit"``
+            (everything). Where anything is, the object is a ``GuardedKVCacheManager``, whose commands raise ``InvariantError`` when they
+            leave something broken.
 
     Raises:
-        ConfigError: a size that cannot work; names it.
+        ConfigError: a size that cannot work, or an unknown level; names it.
 
     Example:
         >>> manager = KVCacheManager(num_blocks=9, block_size=4, max_num_seqs=2)
@@ -70,6 +75,14 @@ class KVCacheManager:
         4
     """
 
+    def __new__(cls, *args: object, check: CheckLevel = "off", **options: object) -> Self:
+        """The guarded form of the class where checks are wanted: where they are not, no command knows of them."""
+        if parse_check_level(check) == "off":
+            return super().__new__(cls)
+        from pagedkv.core.guarded import guarded  # it derives from this class
+
+        return super().__new__(guarded(cls))
+
     def __init__(
         self,
         *,
@@ -79,6 +92,7 @@ class KVCacheManager:
         max_seq_len: int | None = None,
         enable_prefix_caching: bool = True,
         policy: Callable[[int], EvictionPolicy] | None = None,
+        check: CheckLevel = "off",
     ) -> None:
         sizes = [num_blocks] if isinstance(num_blocks, int) else list(num_blocks)
         for name, value in (("block_size", block_size), ("max_num_seqs", max_num_seqs), ("number of layer groups", len(sizes))):
@@ -90,6 +104,7 @@ class KVCacheManager:
         if limit < 1:
             raise ConfigError(f"max_seq_len is {max_seq_len}: it must be at least 1")
         self._block_size = block_size
+        self._check_level = check
         self._caching = enable_prefix_caching
         self._max_seq_len = limit
         self._table = SequenceTable(max_num_seqs, num_groups=len(sizes), block_size=block_size, max_blocks=-(-limit // block_size))
@@ -112,6 +127,11 @@ class KVCacheManager:
     def num_groups(self) -> int:
         """Layer groups."""
         return len(self._groups)
+
+    @property
+    def check_level(self) -> CheckLevel:
+        """How closely the manager watches itself."""
+        return self._check_level
 
     @property
     def prefix_caching(self) -> bool:

@@ -90,6 +90,11 @@ class SequenceTable:
         return len(self._free)
 
     @property
+    def num_live_rows(self) -> int:
+        """Rows with a sequence, counted."""
+        return int(np.count_nonzero(self._handles))
+
+    @property
     def live_rows(self) -> Int64Array:
         """Rows with a sequence, ascending."""
         return np.flatnonzero(self._handles)

@@ -75,6 +75,10 @@ class RunningSet:
             raise LookupError(f"row {row} has no running branch")
         return branch
 
+    def holder(self, row: int) -> Branch | None:
+        """The branch that runs in this row, if one does."""
+        return self._branches[row]
+
     @property
     def branches(self) -> list[Branch]:
         """Running branches in order of admission."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pagedkv.core import KVCacheManager
+from pagedkv.core import CheckLevel, KVCacheManager
 from pagedkv.errors import (
     DuplicateRequestError,
     InvalidRequestError,
@@ -25,6 +25,7 @@ from pagedkv.errors import (
 )
 from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.scheduling.admission import Admission
+from pagedkv.scheduling.auditing import Books
 from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import EventKind
 from pagedkv.scheduling.planning import PlanBuilder, plan_of_decodes
@@ -48,7 +49,8 @@ class Scheduler:
     """Continuous batching over a ``KVCacheManager``: prefill chunks and decodes of many requests in one step under one token budget.
 
     Call ``plan``, run the forward pass, call ``complete`` with the sampled tokens; or ``undo`` when the pass failed. One plan is
-    outstanding at a time.
+    outstanding at a time. At the manager's check level, the books are verified when a step has been completed or undone: by counts at
+    ``"step"``, branch by branch at ``"audit"``.
 
     Args:
         manager: not used by anybody else.
@@ -73,6 +75,9 @@ class Scheduler:
         self._waiting = WaitingQueue(self._policy)
         self._admission = Admission(manager, self.config, self._running, self._waiting)
         self._records: dict[str, RequestRecord] = {}
+        self._books = books = Books(manager, self._running, self._waiting, self._records)
+        verifiers: dict[CheckLevel, Callable[[], None]] = {"step": books.check_counts, "audit": books.check}
+        self._verify = verifiers.get(manager.check_level)
         self._ended: OrderedDict[str, RequestRecord] = OrderedDict()
         self._assignments: list[Assignment] = []
         self._newly_ended: list[Branch] = []
@@ -112,6 +117,18 @@ class Scheduler:
     def record(self, request_id: str) -> RequestRecord | None:
         """The books on a request, alive or among the last ended; to read, never to write."""
         return self._records.get(request_id) or self._ended.get(request_id)
+
+    def check(self) -> None:
+        """Verify every invariant of queues and records, between two steps; ``Books.check`` lists them. The manager has a check of its own.
+
+        Raises:
+            InvariantError: naming the first that is broken; or a plan is outstanding.
+
+        Cost: O(branches).
+        """
+        if self._outstanding is not None:
+            raise InvariantError("a plan is outstanding: complete or undo it first")
+        self._books.check()
 
     def check_fits(self, request: Request) -> None:
         """Raise what ``submit`` would raise, but for a duplicate id.
@@ -205,6 +222,8 @@ class Scheduler:
             self._running.note_tokens(rows, sampled)
         if self._doomed:
             self._end_doomed()
+        if self._verify is not None:
+            self._verify()
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
@@ -215,6 +234,8 @@ class Scheduler:
             self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
         if self._doomed:
             self._end_doomed()
+        if self._verify is not None:
+            self._verify()
 
     def abort(self, request_id: str) -> bool:
         """End a request now, keeping what it has; during a step, right after it.

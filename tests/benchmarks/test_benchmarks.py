@@ -35,6 +35,7 @@ def need(figures: dict[str, Any], *names: str) -> None:
 def test_control_plane_quick_run_writes_steps_and_commands(tmp_path: Path) -> None:
     figures = run("control_plane.py", tmp_path, "--no-rivals")["figures"]
     need(figures, "decode step, pagedkv, 64 running, us", "decode step, core, 64 running, us")
+    need(figures, *(f"decode step, check={level}, 64 running, us" for level in ("off", "step", "audit")))
     assert figures["decode step, pagedkv, 64 running, us"]["count"] > 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pagedkv.core import KVCacheManager
+from pagedkv.core import CheckLevel, KVCacheManager
 from pagedkv.plan import StepPlan
 from pagedkv.scheduling import Branch, Event, EventKind, Request, RequestRecord, Scheduler, SchedulerConfig, SchedulingPolicy, WaitReason
 
@@ -18,6 +18,7 @@ def make_scheduler(
     caching: bool = True,
     policy: SchedulingPolicy | None = None,
     max_seq_len: int | None = None,
+    check: CheckLevel = "off",
     **config: object,
 ) -> Scheduler:
     """A scheduler over 32 usable blocks of 4 tokens, no watermark, unless told otherwise."""
@@ -28,6 +29,7 @@ def make_scheduler(
         max_num_seqs=limits.max_num_seqs,
         max_seq_len=max_seq_len,
         enable_prefix_caching=caching,
+        check=check,
     )
     return Scheduler(manager, limits, policy=policy, clock=lambda: 0.0)
 
