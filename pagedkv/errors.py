@@ -3,7 +3,8 @@
 PagedKVError
 ├── InvalidRequestError       (ValueError)    the caller's input: change the value that the message names
 │   ├── RequestTooLargeError                  can never fit: shorten it, or make the pool or the limits larger
-│   └── DuplicateRequestError                 a request of that id is still alive
+│   ├── DuplicateRequestError                 a request of that id is still alive
+│   └── TraceError                            a file of recorded requests that cannot be read: names file, line and column
 ├── HandleError               (LookupError)   a handle that means nothing here
 │   ├── UnknownHandleError                    never issued by this object
 │   └── StaleHandleError                      released already; a second release is this, too
@@ -50,6 +51,24 @@ class RequestTooLargeError(InvalidRequestError):
 
 class DuplicateRequestError(InvalidRequestError):
     """A request with this id has not ended yet."""
+
+
+class TraceError(InvalidRequestError):
+    """A file of recorded requests holds something that cannot be read.
+
+    Args:
+        problem: what was found and what is allowed.
+        path: the file.
+        line: where in it, from 1; 0 for the file as a whole.
+        column: the name of the column or key; empty for the line as a whole.
+    """
+
+    def __init__(self, problem: str, *, path: str, line: int = 0, column: str = "") -> None:
+        place = path + (f", line {line}" if line else "") + (f", column {column!r}" if column else "")
+        super().__init__(f"{place}: {problem}")
+        self.path = path
+        self.line = line
+        self.column = column
 
 
 class HandleError(PagedKVError, LookupError):

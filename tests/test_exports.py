@@ -142,6 +142,7 @@ def test_errors_export_one_tree() -> None:
         "RequestTooLargeError",
         "StaleHandleError",
         "StepError",
+        "TraceError",
         "UnknownHandleError",
         "UnsupportedBackendError",
         "UnsupportedModelError",

@@ -123,3 +123,12 @@ def test_stress_quick_run_counts_what_it_audited(tmp_path: Path) -> None:
     need(figures, "operations_per_s_off", "operations_per_s_step", "operations_per_s_audit", "first_seed", "last_seed")
     assert figures["checks"] >= figures["operations"] == 4000
     assert figures["violations"] == 0
+
+
+def test_traces_quick_run_of_a_generated_trace_agrees_with_the_simulation(tmp_path: Path) -> None:
+    figures = run("traces.py", tmp_path)["figures"]
+    for pool in ("endless", "400 blocks"):
+        # The share of blocks that are found is not a time: it must be right in a quick run as well.
+        assert figures[f"one by one, {pool}, block hit rate %"] == pytest.approx(figures[f"one by one, {pool}, simulated %"])
+    need(figures, "trace, requests a second", "loaded, 400 blocks, off, hit rate %")
+    assert figures["loaded, 400 blocks, audit, checks"] == figures["loaded, 400 blocks, audit, steps"] > 0
