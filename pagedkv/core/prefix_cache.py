@@ -36,7 +36,6 @@ class PrefixCache:
     """
 
     def __init__(self, num_blocks: int, *, block_size: int) -> None:
-        self._block_size = block_size
         self._blocks: dict[bytes, int] = {}
         self._keys: list[bytes | None] = [None] * num_blocks
         self._width = block_size * _ID_NBYTES

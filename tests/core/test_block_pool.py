@@ -222,7 +222,7 @@ def test_forget_cached_held_block_alone_frees_nothing() -> None:
 def test_forget_cached_what_cannot_be_forgotten_is_refused(block_ids: tuple[int, ...]) -> None:
     pool = BlockPool(4)
     evictable(pool, 1)
-    with pytest.raises(InvariantError, match="only a cached block can be forgotten"):
+    with pytest.raises(InvariantError, match=r"^only a cached block can be forgotten, and only once$"):
         pool.forget_cached(ids(*block_ids))
     pool.check()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 from core_helpers import ids, make_manager, start
 
@@ -73,6 +74,7 @@ def test_free_block_ids_are_those_nobody_can_read() -> None:
     manager.release([start(manager, list(range(5)))])
     start(manager, [9, 9])
     (free,) = manager.free_block_ids()
+    assert free.dtype == np.int32
     cached_block = manager.match(list(range(4))).block_ids[0][0]
     held = [block for block, _ in manager.snapshot().references[0]]
     assert sorted([*free.tolist(), cached_block, *held]) == list(range(1, 7))

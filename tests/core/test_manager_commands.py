@@ -375,8 +375,17 @@ def test_truncate_to_a_length_that_cannot_be_is_refused(length: int) -> None:
     manager = make_manager()
     seq = start(manager, list(range(12)))
     before = manager.snapshot()
-    with pytest.raises(InvalidRequestError):
+    message = rf"^cannot truncate to \[{length}\] tokens: each must be from 1 to what is known, \[12\]$"
+    with pytest.raises(InvalidRequestError, match=message if length < 2**31 else "32-bit"):
         manager.truncate([seq], [length])
+    assert manager.snapshot() == before
+
+
+def test_truncate_to_what_is_known_changes_nothing() -> None:
+    manager = make_manager()
+    seq = start(manager, list(range(9)), next_token=9)
+    before = manager.snapshot()
+    manager.truncate([seq], [10])
     assert manager.snapshot() == before
 
 

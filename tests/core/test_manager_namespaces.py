@@ -55,6 +55,7 @@ def test_purge_makes_one_namespace_unfindable_and_leaves_the_others() -> None:
     assert manager.statistics().groups[0].num_free == 14
     assert manager.purge("a") == 0
     assert manager.purge("never seen") == 0
+    assert manager.statistics().num_namespaces == 1
     manager.check()
 
 
@@ -110,6 +111,35 @@ def test_distrust_forgets_the_chain_and_what_continues_it_and_nothing_else(num_b
     assert manager.distrust([fresh]) == 0
 
 
+@pytest.mark.parametrize("known", [2, 6, 13])
+def test_distrust_leaves_a_sequence_that_holds_nothing_doubtful_as_it_was(known: int) -> None:
+    manager = make_manager([17, 17])
+    bad = start(manager, list(range(9)))
+    other = start(manager, list(range(20, 20 + known)))
+    manager.distrust([bad])
+    for token in range(20 + known, 36):
+        manager.append([other], [token])
+        compute(manager, other)
+        manager.check()
+    assert cached(manager, list(range(20, 36))) == 16
+
+
+@pytest.mark.parametrize("shared", [4, 8, 12])
+def test_distrust_stops_whoever_shares_any_number_of_doubtful_blocks(shared: int) -> None:
+    manager = make_manager()
+    bad = start(manager, list(range(13)))
+    sharer = start(manager, [*range(shared), 50])
+    manager.distrust([bad])
+    manager.check()
+    for token in range(51, 64 - shared + 4):
+        manager.append([sharer], [token])
+        compute(manager, sharer)
+        manager.check()
+    assert manager.statistics().groups[0].num_cached == 0
+    assert start(manager, [*range(shared), 50]) != sharer
+    assert cached(manager, [*range(shared), 50]) == shared
+
+
 def test_purge_while_a_step_is_out_keeps_its_blocks_unfindable() -> None:
     manager = make_manager()
     (seq,) = manager.open([list(range(8))], ["a"]).seqs.tolist()
@@ -153,6 +183,19 @@ def test_pin_of_nothing_is_a_pin_all_the_same() -> None:
     assert num_tokens == 0
     assert manager.statistics().num_pins == 1
     manager.unpin(pin)
+
+
+def test_pin_holds_the_prefix_of_its_own_namespace() -> None:
+    manager = make_manager(6, max_seq_len=20)
+    for name in ("a", ""):
+        manager.release([start(manager, list(range(8)), name)])
+    pin, num_tokens = manager.pin(list(range(8)), "a")
+    assert num_tokens == 8
+    assert manager.num_held_blocks(manager.match(list(range(8)), "a")) == 2
+    start(manager, [9] * 12)
+    assert (cached(manager, list(range(8)), "a"), cached(manager, list(range(8)))) == (8, 0)
+    manager.unpin(pin)
+    manager.check()
 
 
 def test_pin_twice_holds_twice() -> None:

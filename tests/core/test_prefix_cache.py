@@ -126,10 +126,38 @@ def test_remove_parent_before_its_children_is_refused_and_changes_nothing() -> N
 
 def test_remove_unpublished_block_is_refused_and_changes_nothing() -> None:
     cache = chain_cache()
-    with pytest.raises(InvariantError, match="only a published block"):
+    with pytest.raises(InvariantError, match=r"^prefix cache: only a published block can be removed$"):
         cache.remove(ids(3, 4))
     assert cache.match(ROOT, ids(*range(6))) == [1, 2, 3]
     cache.check()
+
+
+def test_remove_refused_beside_another_chain_counts_the_children_as_before() -> None:
+    cache = chain_cache()
+    cache.publish([ROOT, 1, 1], np.array([[8, 8], [8, 9], [9, 9]], dtype=np.int32), [4, 5, 6], [ROOT] * 3)
+    with pytest.raises(InvariantError, match=r"^prefix cache: block 1 is to go before blocks that continue it; .* pop leaves first$"):
+        cache.remove(ids(5, 6, 1, 4))
+    cache.check()
+    cache.remove(ids(5, 6, 3, 2, 1, 4))
+    assert len(cache) == 0
+    cache.check()
+
+
+def test_continuations_of_a_branching_chain_are_all_of_its_branches() -> None:
+    cache = PrefixCache(12, block_size=1)
+    tree = {1: ROOT, 2: 1, 3: 2, 4: 1, 5: 4, 6: 5, 7: ROOT, 8: 7}
+    for block, parent in tree.items():
+        cache.publish([parent], np.array([[block]], dtype=np.int32), [block], [ROOT])
+    found = cache.continuations_of(ids(1))
+    assert (found.tolist(), found.dtype) == ([1, 2, 3, 4, 5, 6], np.int32)
+    assert cache.continuations_of(ids(8, 4)).tolist() == [4, 5, 6, 8]
+    assert cache.continuations_of(ids()).tolist() == []
+
+
+def test_ids_that_the_cache_gives_out_are_int32() -> None:
+    cache = chain_cache()
+    holders = cache.publish_chain(ROOT, np.array([[5, 5]], dtype=np.int32), ids(4), ROOT)
+    assert {holders.dtype, cache.blocks_of(ROOT).dtype, cache.live_roots().dtype} == {np.dtype(np.int32)}
 
 
 def test_remove_then_publish_other_content_finds_only_the_new() -> None:
@@ -168,7 +196,7 @@ def test_check_block_in_another_namespace_than_its_parent_is_named() -> None:
 def test_check_wrong_count_of_children_is_named() -> None:
     cache = chain_cache()
     cache._num_children[3] = 1
-    with pytest.raises(InvariantError, match="count of children"):
+    with pytest.raises(InvariantError, match=r"^prefix cache: a block's count of children is wrong$"):
         cache.check()
 
 
@@ -176,7 +204,7 @@ def test_check_wrong_count_of_children_is_named() -> None:
 def test_check_key_or_namespace_without_being_findable_is_named(column: str) -> None:
     cache = chain_cache()
     getattr(cache, column)[8] = b"key" if column == "_keys" else ROOT
-    with pytest.raises(InvariantError, match="without being findable"):
+    with pytest.raises(InvariantError, match=r"^prefix cache: a block carries a key or a namespace without being findable$"):
         cache.check()
 
 
@@ -211,6 +239,11 @@ def test_sweep_keeps_the_used_and_never_gives_a_root_again() -> None:
     assert not names.crowded
     assert names.find("7") in kept
     assert names.intern("8") not in roots
+    for number in range(1021):
+        names.intern(f"later {number}")
+    assert not names.crowded
+    names.intern("the 1024th")
+    assert names.crowded
 
 
 def test_sweep_with_everything_used_waits_until_it_is_twice_as_crowded() -> None:
@@ -228,6 +261,6 @@ def test_intern_when_all_roots_are_used_up_is_refused() -> None:
     names = Namespaces()
     names._next = -(2**31 - 1)  # as if so many had been made
     assert names.intern("the last") == -(2**31 - 1)
-    with pytest.raises(InvariantError, match="no more namespaces"):
+    with pytest.raises(InvariantError, match=r"^no more namespaces can be told apart; make a new manager$"):
         names.intern("one too many")
     assert names.intern("the last") == -(2**31 - 1)

@@ -54,7 +54,7 @@ def test_close_rows_makes_handles_stale_and_rows_new() -> None:
         table.rows_of(np.array([new[0], old[1]]))
 
 
-@pytest.mark.parametrize("forged", [0, -1, 1, 4, 99, (1 << 32) + 2, (2 << 32), (5 << 32) + 1, -(1 << 40)])
+@pytest.mark.parametrize("forged", [0, -1, 1, 4, 99, (1 << 32) + 2, (2 << 32), (5 << 32) + 1, (1 << 32) + 4, -(1 << 40)])
 def test_rows_of_forged_handle_is_refused(forged: int) -> None:
     table = make_table()
     _, handles = table.open_rows(2)
@@ -158,4 +158,4 @@ def test_snapshot_copies_one_row_out() -> None:
     snapshot = table.snapshot(row)
     table.token_ids[row] = 0
     assert (snapshot.seq, snapshot.token_ids, snapshot.block_tables) == (handles[1], (5, 6, 7), ((8,), (9,)))
-    assert snapshot.slots(1) == (36, 37)
+    assert (snapshot.slots(), snapshot.slots(1)) == ((32, 33), (36, 37))
