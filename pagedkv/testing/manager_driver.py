@@ -172,7 +172,7 @@ class ManagerDriver:
     def _perform(self, operation: Operation) -> bool:
         match operation:
             case Decode():
-                return self._decode(operation.tokens)
+                return self._decode(operation)
             case Open():
                 return self._open([self._prompt(prompt) for prompt in operation.prompts])
             case Extend():
@@ -265,16 +265,18 @@ class ManagerDriver:
             self.reference.cancel(rest)
         return True
 
-    def _decode(self, tokens: Sequence[int]) -> bool:
+    def _decode(self, operation: Decode) -> bool:
         if self._step is not None:
             return False
-        twins = self.reference.seqs
+        twins, before = self.reference.seqs, self._decoding.tolist()
         handles = [seq for seq, twin in twins.items() if twin.computed == twin.reserved == len(twin.tokens) - 1]
+        if not operation.joining and before and set(before) <= set(handles):
+            handles = before
         if not handles:
             return False
-        self.num_decodes_on += handles == self._decoding.tolist()
+        self.num_decodes_on += handles == before
         self._begin(handles, [1] * len(handles))
-        self._complete(tokens, None)
+        self._complete(operation.tokens, None)
         return True
 
     def _cancel(self, *, copies_made: bool) -> bool:

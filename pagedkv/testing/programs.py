@@ -45,7 +45,7 @@ class Prompt:
     Attributes:
         tokens: its last tokens, at least one.
         like: the live sequence that it begins like.
-        keep: how many of that one's tokens come first, modulo their number and one.
+        keep: how many of that one's tokens come first, modulo their number and one; -1 for all.
         namespace: index into ``NAMESPACES``.
     """
 
@@ -101,9 +101,15 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A whole step of all sequences that know just one token without a slot; ``tokens`` are used in turn, -1 for none."""
+    """A whole step of sequences that know just one token without a slot.
+
+    Attributes:
+        tokens: their next tokens, used in turn; -1 for none.
+        joining: whether all such sequences take part; else those of the last decode step alone, where all of them still can.
+    """
 
     tokens: tuple[int, ...]
+    joining: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Truncate:
-    """Forget a sequence's tokens behind the first ``length``, modulo their number, and one."""
+    """Forget a sequence's tokens behind the first ``length``, modulo their number, and one; so -1 keeps all and -2 forgets the last."""
 
     seq: int
     length: int
@@ -270,7 +276,7 @@ _Made = TypeVar("_Made", bound="Operation | Prompt | ManagerConfig")
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= -1
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_filled(value: object, fits: Callable[[object], bool]) -> bool:

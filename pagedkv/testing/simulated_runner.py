@@ -31,7 +31,7 @@ class SimulatedRunner:
         fault: of the next forward: it raises ``MemoryError`` before or after the model has run, or the logits of the first sequence that
             samples are NaN and its blocks unreadable. Cleared by whoever sets it.
         digest: of all plans so far.
-        plan: of the last forward; reset by whoever wants to know whether there was one.
+        num_tokens: of the last step.
         num_spoilt: sequences whose logits were made NaN.
     """
 
@@ -45,13 +45,7 @@ class SimulatedRunner:
         self.max_positions, self.eos_token_ids = inner.max_positions, inner.eos_token_ids
         self.fault: Fault | None = None
         self.digest = hashlib.sha256()
-        self.plan: StepPlan | None = None
-        self.num_spoilt = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of that plan."""
-        return 0 if self.plan is None else self.plan.num_tokens
+        self.num_tokens = self.num_spoilt = 0
 
     def new_storage(self, num_blocks: int) -> KVStorage:
         """The model's own."""
@@ -59,7 +53,8 @@ class SimulatedRunner:
 
     def forward(self, batch: StepBatch, storage: KVStorage) -> torch.Tensor:
         """Run the model, or fail."""
-        self.plan = plan = batch.plan
+        plan = batch.plan
+        self.num_tokens = plan.num_tokens
         for array in (plan.seqs, plan.token_ids, plan.slot_mapping, plan.logits_indices, *plan.copies):
             self.digest.update(np.ascontiguousarray(array).tobytes())
         if self.fault == "before":

@@ -5,11 +5,47 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from manager_driver import NAMES, ManagerDriver, Shape
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=7)
-PICK = st.integers(0, 5)
+from pagedkv.testing.manager_driver import ManagerDriver
+from pagedkv.testing.programs import (
+    Append,
+    Cancel,
+    Complete,
+    Decode,
+    Extend,
+    Fork,
+    ManagerConfig,
+    MatchPrefix,
+    Misuse,
+    Open,
+    Operation,
+    Pin,
+    Prompt,
+    Purge,
+    Release,
+    Truncate,
+    Unpin,
+)
+
+PICK = st.integers(0, 7)
+PICKS = st.lists(PICK, min_size=1, max_size=3).map(tuple)
+TOKEN = st.integers(0, 1)
+NEXT = st.lists(st.integers(-1, 1), min_size=1, max_size=3).map(tuple)
+NAMESPACE = st.integers(0, 1)
+PROMPT = st.builds(Prompt, st.lists(TOKEN, min_size=1, max_size=5).map(tuple), PICK, PICK, NAMESPACE)
+BETWEEN = st.one_of(
+    st.builds(Open, st.lists(PROMPT, min_size=1, max_size=2).map(tuple)),
+    st.builds(Append, PICK, TOKEN),
+    st.builds(Fork, PICK, st.integers(1, 2)),
+    st.builds(Truncate, PICK, PICK),
+    st.builds(Release, PICKS),
+    st.builds(Pin, PICK, NAMESPACE),
+    st.builds(Unpin, PICK),
+    st.builds(Purge, NAMESPACE),
+    st.builds(MatchPrefix, PROMPT),
+    st.builds(Misuse, st.integers(0, 11), PICK),
+)
 
 # Derandomised: the same programs in every run, so that a failure here is a change in the code.
 COMMON = settings(
@@ -26,96 +62,21 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.lists(st.integers(2, 8), min_size=1, max_size=2), block_size=st.integers(1, 3), num_seqs=st.integers(1, 4))
     def start(self, num_blocks: list[int], block_size: int, num_seqs: int) -> None:
-        self.driver = ManagerDriver(Shape(tuple(num_blocks), block_size, num_seqs))
+        self.driver = ManagerDriver(ManagerConfig(tuple(num_blocks), block_size, num_seqs))
 
-    def seq(self, pick: int) -> int:
-        return self.driver.live[pick % len(self.driver.live)]
+    @rule(operation=BETWEEN)
+    def operate(self, operation: Operation) -> None:
+        self.driver.run(operation)
 
-    def has_live(self) -> bool:
-        return bool(self.driver.live)
+    @precondition(lambda self: not self.driver.has_step)
+    @rule(operation=st.one_of(st.builds(Extend, PICKS, PICKS), st.builds(Decode, NEXT, st.booleans())))
+    def begin(self, operation: Operation) -> None:
+        self.driver.run(operation)
 
-    def has_step(self) -> bool:
-        return self.driver.step is not None
-
-    @rule(prompt=TOKENS, name=st.sampled_from(NAMES))
-    def open(self, prompt: list[int], name: str) -> None:
-        self.driver.open([prompt], [name])
-
-    @precondition(has_live)
-    @rule(pick=PICK, length=st.integers(0, 7), rest=TOKENS, name=st.sampled_from(NAMES))
-    def open_like(self, pick: int, length: int, rest: list[int], name: str) -> None:
-        self.driver.open([self.driver.tokens(self.seq(pick))[:length] + rest], [name])
-
-    @precondition(lambda self: self.has_live() and not self.has_step())
-    @rule(first=PICK, width=st.integers(1, 4), count=st.integers(1, 7))
-    def extend(self, first: int, width: int, count: int) -> None:
-        live = self.driver.live
-        around = [live[(first + place) % len(live)] for place in range(min(width, len(live)))]
-        handles = [handle for handle in around if self.driver.unreserved(handle)]
-        if handles:
-            self.driver.begin(handles, [min(count, self.driver.unreserved(handle)) for handle in handles])
-
-    @precondition(has_step)
-    @rule(tokens=st.lists(st.integers(-1, 1), min_size=4, max_size=4), completing=st.none() | st.integers(0, 3))
-    def run(self, tokens: list[int], completing: int | None) -> None:
-        self.driver.run(tokens, completing=completing)
-
-    @precondition(lambda self: self.has_live() and not self.has_step())
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4), steps=st.integers(1, 6))
-    def decode(self, tokens: list[int], steps: int) -> None:
-        for _ in range(steps):
-            self.driver.decode(tokens)
-            self.driver.verify()
-
-    @precondition(has_step)
-    @rule(copies_made=st.booleans())
-    def fail(self, copies_made: bool) -> None:
-        self.driver.fail(copies_made=copies_made)
-
-    @precondition(has_live)
-    @rule(pick=PICK, token=st.integers(0, 1))
-    def append(self, pick: int, token: int) -> None:
-        self.driver.append(self.seq(pick), token)
-
-    @precondition(has_live)
-    @rule(pick=PICK, count=st.integers(1, 2))
-    def fork(self, pick: int, count: int) -> None:
-        self.driver.fork(self.seq(pick), count)
-
-    @precondition(has_live)
-    @rule(pick=PICK, length=st.integers(1, 7))
-    def truncate(self, pick: int, length: int) -> None:
-        handle = self.seq(pick)
-        self.driver.truncate(handle, min(length, len(self.driver.tokens(handle))))
-
-    @precondition(has_live)
-    @rule(pick=PICK)
-    def release(self, pick: int) -> None:
-        self.driver.release([self.seq(pick)])
-
-    @precondition(lambda self: len(self.driver.released) > 0)
-    @rule(pick=PICK)
-    def misuse(self, pick: int) -> None:
-        self.driver.misuse(self.driver.released[-1 - pick % len(self.driver.released)])
-
-    @precondition(has_live)
-    @rule(pick=PICK, name=st.sampled_from(NAMES))
-    def pin(self, pick: int, name: str) -> None:
-        self.driver.pin(self.driver.tokens(self.seq(pick)), name)
-
-    @precondition(lambda self: len(self.driver.model.pins) > 0)
-    @rule(pick=PICK)
-    def unpin(self, pick: int) -> None:
-        pins = list(self.driver.model.pins)
-        self.driver.unpin(pins[pick % len(pins)])
-
-    @rule(name=st.sampled_from(NAMES))
-    def purge(self, name: str) -> None:
-        self.driver.purge(name)
-
-    @invariant()
-    def agrees(self) -> None:
-        self.driver.verify()
+    @precondition(lambda self: self.driver.has_step)
+    @rule(operation=st.one_of(st.builds(Complete, NEXT, st.none() | PICK), st.builds(Cancel, st.booleans())))
+    def end(self, operation: Operation) -> None:
+        self.driver.run(operation)
 
     def teardown(self) -> None:
         if hasattr(self, "driver"):

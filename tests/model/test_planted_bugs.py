@@ -6,12 +6,12 @@ returns and refuses is compared in any case). A bug that only one oracle finds s
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from manager_driver import ORACLES, RandomRun
 from scheduler_driver import run_seed
 
 from pagedkv.core import Extension, KVCacheManager, Opened
@@ -28,6 +28,9 @@ from pagedkv.scheduling.admission import Admission
 from pagedkv.scheduling.planning import PlanBuilder
 from pagedkv.scheduling.running import RunningSet, SteadyRows
 from pagedkv.scheduling.waiting import WaitingQueue
+from pagedkv.testing.generators import OperationGenerator, random_config
+from pagedkv.testing.manager_driver import ORACLES, ManagerDriver
+from pagedkv.testing.violations import ViolationError
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Record = Callable[[str, object], None]
@@ -202,66 +205,68 @@ def one_namespace_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MANAGER_BUGS = [
-    Bug("the copy list is dropped", changed(KVCacheManager, "extend", drop_copies), ("data",)),
-    Bug("a slot is off by one at a block's edge", changed(KVCacheManager, "extend", shift_slot_at_block_edge), ("data",)),
+    Bug("the copy list is dropped", changed(KVCacheManager, "extend", drop_copies), ("tokens",)),
+    Bug("a slot is off by one at a block's edge", changed(KVCacheManager, "extend", shift_slot_at_block_edge), ("tokens",)),
     Bug(
         "blocks are published before they are computed",
         changed(KVCacheManager, "extend", publish_before_compute),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
     Bug(
         "a half-full block is published as a full one",
         changed(Publication, "publish", publish_half_full_block),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
     Bug(
         "namespaces share one root",
         changed(Namespaces, "find", lambda right, names, name: right(names, "")),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
     Bug(
         "namespaces are not told apart at all",
         one_namespace_for_all,
-        ("data", "reference"),
+        ("tokens", "reference", "ownership"),
     ),
-    Bug("the last prompt token is matched as well", changed(KVCacheManager, "open", match_the_last_token), ("audit", "data", "reference")),
+    Bug(
+        "the last prompt token is matched as well", changed(KVCacheManager, "open", match_the_last_token), ("audit", "tokens", "reference")
+    ),
     Bug(
         "a step that is cancelled forgets its pending copies",
         changed(KVCacheManager, "cancel", forget_copy_pending),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
     Bug("a pin holds nothing", changed(KVCacheManager, "pin", lose_pin), ("reference",)),
     Bug(
         "a fork does not say that its tail is shared",
         changed(KVCacheManager, "fork", fork_without_marking_tails),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
-    Bug("a fork takes a reference too few", changed(KVCacheManager, "fork", fork_one_reference_short), ("audit", "data", "reference")),
-    Bug("an evicted block keeps its key", changed(PrefixCache, "remove", keep_key_of_evicted_block), ("audit", "data", "reference")),
+    Bug("a fork takes a reference too few", changed(KVCacheManager, "fork", fork_one_reference_short), ("audit", "tokens", "reference")),
+    Bug("an evicted block keeps its key", changed(PrefixCache, "remove", keep_key_of_evicted_block), ("audit", "tokens", "reference")),
     Bug("the youngest block is evicted first", changed(LeastRecentlyUsed, "pop", evict_the_youngest), ("reference",)),
-    Bug("blocks are let go of head first", changed(KVCacheManager, "_table_ids", let_go_head_first), ("audit", "data", "reference")),
+    Bug("blocks are let go of head first", changed(KVCacheManager, "_table_ids", let_go_head_first), ("audit", "tokens", "reference")),
     Bug(
         "only the first group is asked for room",
         changed(Reservations, "check_available", check_first_group_only),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
     Bug("a purged sequence goes on publishing", changed(KVCacheManager, "purge", keep_publishing_after_purge), ("reference",)),
     Bug("a truncated block still counts as published", changed(Reservations, "cut", keep_published_count), ("audit",)),
     Bug(
         "a duplicate is swapped without taking a reference",
         changed(LayerGroup, "settle", settle_without_reference),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
-    Bug("a block's key does not name its parent", changed(PrefixCache, "publish", one_parent_for_all), ("data", "reference")),
-    Bug("released handles are accepted", changed(SequenceTable, "rows_of", accept_old_handles), ("audit", "data", "reference")),
-    Bug("a cohort outlives other commands", changed(KVCacheManager, "_rows_to_change", keep_cohort), ("audit", "data", "reference")),
-    Bug("a cohort opens blocks a step late", changed(Cohort, "_wave", open_too_late), ("audit", "data", "reference")),
-    Bug("a cohort publishes another wave", changed(Cohort, "_publish", settle_later), ("audit", "data", "reference")),
+    Bug("a block's key does not name its parent", changed(PrefixCache, "publish", one_parent_for_all), ("tokens", "reference")),
+    Bug("released handles are accepted", changed(SequenceTable, "rows_of", accept_old_handles), ("audit", "tokens", "reference")),
+    Bug("a cohort outlives other commands", changed(KVCacheManager, "_rows_to_change", keep_cohort), ("audit", "tokens", "reference")),
+    Bug("a cohort opens blocks a step late", changed(Cohort, "_wave", open_too_late), ("audit", "tokens", "reference")),
+    Bug("a cohort publishes another wave", changed(Cohort, "_publish", settle_later), ("audit", "tokens", "reference")),
     Bug("a cohort writes into shared tails", changed(KVCacheManager, "_may_decode_together", take_tails_for_own), ("reference",)),
     Bug(
         "a tail is copied though nobody shares it",
         changed(Reservations, "_writers_to_copy", copy_without_need),
-        ("audit", "data", "reference"),
+        ("audit", "tokens", "reference"),
     ),
 ]
 
@@ -270,13 +275,16 @@ def operations_to_find(oracles: tuple[str, ...]) -> int | None:
     """Operations, over several programs, until the driver objects; None when it never does."""
     total = 0
     for seed in range(MAX_SEEDS):
-        run = RandomRun(seed, oracles=oracles)
+        rng = random.Random(seed)
+        config = random_config(rng)
+        driver, operations = ManagerDriver(config, oracles=oracles), OperationGenerator(rng, config)
         try:
-            run.operate(OPERATIONS)
-            run.driver.close()
-        except Exception:
-            return total + run.driver.num_operations
-        total += run.driver.num_operations
+            while driver.num_operations < OPERATIONS:
+                driver.run(operations.draw(driver))
+            driver.close()
+        except ViolationError:
+            return total + driver.num_operations + 1
+        total += driver.num_operations
     return None
 
 
@@ -292,7 +300,9 @@ def test_manager_bug_is_found_by_oracle_alone(bug: Bug, oracle: str, monkeypatch
 
 def test_every_oracle_is_the_only_one_to_find_some_bug() -> None:
     alone = {bug.found_by[0] for bug in MANAGER_BUGS if len(bug.found_by) == 1}
-    assert alone == set(ORACLES)
+    # A block in two namespaces is a shape that the reference never has, and what a slot holds names its namespace: whoever has neither of
+    # these oracles needs the one for ownership.
+    assert alone == set(ORACLES) - {"ownership"}
 
 
 # The scheduler
