@@ -6,8 +6,10 @@ Owns reference counts, the free list and, through its policy, the order of evict
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ NULL_BLOCK = 0
 _ONE = np.int32(1)  # of the counts' own type: ufunc.at is many times slower when it has to cast
 _NOTHING = np.zeros(0, dtype=np.int32)
 _NOTHING.setflags(write=False)
+_Array = TypeVar("_Array", Int32Array, BoolArray)
 _MAX_REFERENCES = 2**30  # far from int32's edge, so that one command can never wrap a counter
 
 
@@ -59,6 +62,7 @@ class BlockPool:
         self._policy: EvictionPolicy = LeastRecentlyUsed(num_blocks) if policy is None else policy
         self._references = np.zeros(num_blocks, dtype=np.int32)
         self._cached = np.zeros(num_blocks, dtype=np.bool_)
+        self._references_view, self._cached_view = _readonly(self._references), _readonly(self._cached)
         # The same memory, for reading and writing a single item: numpy takes many times as long for that.
         self._reference_items: memoryview[int] = memoryview(self._references.data)
         self._cached_items: memoryview[int] = memoryview(self._cached.data)
@@ -95,14 +99,12 @@ class BlockPool:
     @property
     def references(self) -> Int32Array:
         """``[N]`` reference counts, a read-only view."""
-        return _readonly(self._references)
+        return self._references_view
 
     @property
     def cached(self) -> BoolArray:
         """``[N]`` whether the block is findable by content, a read-only view."""
-        view = self._cached.view()
-        view.flags.writeable = False
-        return view
+        return self._cached_view
 
     def is_cached(self, block_ids: Int32Array) -> BoolArray:
         """Whether each block is findable by content."""
@@ -220,23 +222,32 @@ class BlockPool:
             InvariantError: naming the first that is broken: counts are never negative; the null block is never held, cached or free; the
                 free list holds each free block once; a free block is neither held nor cached; the classes sum to the pool.
         """
-        free = self._free[: self._num_free]
-        idle_cached = int(((self._references == 0) & self._cached).sum())
-        for holds, name in (
-            (int(self._references.min()) >= 0, "a reference count is negative"),
-            (self._references[NULL_BLOCK] == 0 and not self._cached[NULL_BLOCK], "the null block is held or cached"),
-            (not (free == NULL_BLOCK).any(), "the null block is in the free list"),
-            (len(np.unique(free)) == self._num_free, "a block is in the free list twice"),
-            (not self._references[free].any(), "a free block is held"),
-            (not self._cached[free].any(), "a free block is cached"),
-            (idle_cached == len(self._policy), f"{idle_cached} blocks are evictable, the policy holds {len(self._policy)}"),
-            (
-                self._num_free + len(self._policy) + int((self._references > 0).sum()) == self.num_usable,
-                "free, evictable and held blocks do not sum to the pool",
-            ),
-        ):
-            if not holds:
-                raise InvariantError(f"block pool: {name}")
+        for problem in self._problems():
+            raise InvariantError(f"block pool: {problem}")
+
+    def _problems(self) -> Iterator[str]:
+        # Lists and sets, not arrays: audits run after every operation on pools of a few blocks, where an array operation costs more than
+        # a look at every block.
+        blocks, references = range(self.num_blocks), self._references.tolist()
+        held, cached = set(compress(blocks, references)), set(compress(blocks, self._cached.tolist()))
+        free = self._free[: self._num_free].tolist()
+        if min(references) < 0:
+            yield "a reference count is negative"
+        if NULL_BLOCK in held or NULL_BLOCK in cached:
+            yield "the null block is held or cached"
+        if free and not NULL_BLOCK < min(free) <= max(free) < self.num_blocks:
+            yield "the null block is in the free list, or one of no pool"
+        if len(set(free)) != len(free):
+            yield "a block is in the free list twice"
+        if not held.isdisjoint(free):
+            yield "a free block is held"
+        if not cached.isdisjoint(free):
+            yield "a free block is cached"
+        unheld, num_evictable = len(cached - held), len(self._policy)
+        if unheld != num_evictable:
+            yield f"{unheld} blocks are evictable, the policy holds {num_evictable}"
+        if len(free) + num_evictable + len(held) != self.num_usable:
+            yield "free, evictable and held blocks do not sum to the pool"
 
     def _push_free(self, block_ids: Int32Array) -> None:
         end = self._num_free + len(block_ids)
@@ -263,7 +274,7 @@ def _last_mentions(block_ids: Int32Array) -> Int32Array:
     return reverse[np.sort(first)][::-1] if len(first) < len(block_ids) else block_ids
 
 
-def _readonly(array: Int32Array) -> Int32Array:
+def _readonly(array: _Array) -> _Array:
     view = array.view()
     view.flags.writeable = False
     return view

@@ -6,6 +6,7 @@ Owns the rule that a block leaves the prefix cache in the same breath in which t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 
@@ -95,12 +96,12 @@ class LayerGroup:
 
     def held_blocks(self) -> tuple[tuple[int, int], ...]:
         """``(block_id, references)`` of every held block, ascending; O(blocks)."""
-        held = np.flatnonzero(self.pool.references)
-        return tuple(zip(held.tolist(), self.pool.references[held].tolist(), strict=True))
+        return tuple((block, count) for block, count in enumerate(self.pool.references.tolist()) if count)
 
     def free_blocks(self) -> Int32Array:
         """``[n]`` int32 ids of the blocks that hold nothing, ascending: neither held nor findable; O(blocks)."""
-        return np.flatnonzero((self.pool.references == 0) & ~self.pool.cached)[1:].astype(np.int32)  # without the null block
+        ids: Int32Array = ((self.pool.references == 0) & ~self.pool.cached).nonzero()[0].astype(np.int32)
+        return ids[1:]  # without the null block
 
     def check(self) -> None:
         """Verify the pool, the cache and that both name the same blocks; O(blocks).
@@ -110,8 +111,8 @@ class LayerGroup:
         """
         self.pool.check()
         self.cache.check()
-        if int(self.pool.cached.sum()) != len(self.cache):
+        cached = self.pool.cached.tolist()
+        if sum(cached) != len(self.cache):
             raise InvariantError("layer group: the pool and the prefix cache disagree on how many blocks are cached")
-        published = np.concatenate([np.zeros(0, np.int32), *(self.cache.blocks_of(int(root)) for root in self.cache.live_roots())])
-        if not self.pool.cached[published].all():
+        if not self.cache.published().issubset(compress(range(self.pool.num_blocks), cached)):
             raise InvariantError("layer group: a findable block is not marked as cached")

@@ -478,8 +478,7 @@ class KVCacheManager:
 
     def snapshot(self) -> Snapshot:
         """All tables, copied out; O(everything)."""
-        sequences = tuple(self._table.snapshot(row) for row in self._table.live_rows.tolist())
-        return Snapshot(self.statistics(), sequences, tuple(group.held_blocks() for group in self._groups))
+        return Snapshot(self.statistics(), self._table.snapshots(), tuple(group.held_blocks() for group in self._groups))
 
     def check(self) -> None:
         """Verify every invariant of pools, caches and tables; O(everything).

@@ -18,6 +18,7 @@ from pagedkv.plan import Int32Array
 _ID_NBYTES = 4
 _KEY_DTYPE = np.dtype("<i4")
 _PACK_ID = struct.Struct("<i").pack
+_UNPACK_ID = struct.Struct("<i").unpack_from
 _MAX_ROOTS = 2**31 - 1
 
 
@@ -125,6 +126,15 @@ class PrefixCache:
         """Published blocks of one namespace; O(blocks)."""
         return np.flatnonzero(np.array(self._roots) == root).astype(np.int32)
 
+    def published(self) -> set[int]:
+        """All published blocks; O(published blocks)."""
+        return set(self._blocks.values())
+
+    def roots_of(self, block_ids: Iterable[int]) -> list[int]:
+        """The namespace root of each of these blocks, 0 for one that is not published."""
+        roots = self._roots
+        return [roots[block] for block in block_ids]
+
     def continuations_of(self, block_ids: Int32Array) -> Int32Array:
         """These published blocks and all that continue them, ascending; O(published blocks)."""
         children: dict[int, list[int]] = {}
@@ -148,20 +158,22 @@ class PrefixCache:
         Raises:
             InvariantError: naming the first that does not hold.
         """
-        children = [0] * len(self._keys)
+        keys, roots, children = self._keys, self._roots, [0] * len(self._keys)
         for key, block in self._blocks.items():
-            if self._keys[block] != key:
+            if keys[block] != key:
                 raise InvariantError(f"prefix cache: block {block} is found by a key that it does not carry")
-            parent = _parent_of(key)
-            children[parent] += 1
-            if parent and self._keys[parent] is None:
-                raise InvariantError(f"prefix cache: block {block} outlived its parent {parent}")
-            root = self._roots[parent] if parent else int.from_bytes(key[:_ID_NBYTES], "little", signed=True)
-            if self._roots[block] != root:
+            (parent,) = _UNPACK_ID(key)
+            root = parent
+            if parent > 0:
+                root = roots[parent]
+                if keys[parent] is None:
+                    raise InvariantError(f"prefix cache: block {block} outlived its parent {parent}")
+            if roots[block] != root:
                 raise InvariantError(f"prefix cache: block {block} is in another namespace than its parent")
+            children[parent if parent > 0 else 0] += 1
         if children != self._num_children:
             raise InvariantError("prefix cache: a block's count of children is wrong")
-        if sum(key is not None for key in self._keys) != len(self._blocks) or sum(map(bool, self._roots)) != len(self._blocks):
+        if keys.count(None) != roots.count(0) or len(keys) - keys.count(None) != len(self._blocks):
             raise InvariantError("prefix cache: a block carries a key or a namespace without being findable")
 
     def _claim(

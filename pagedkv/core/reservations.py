@@ -127,6 +127,8 @@ class Reservations:
         return [self._writers_to_copy(index, suspects) for index in range(len(self._groups))]
 
     def _writers_to_copy(self, index: int, rows: Int64Array) -> Int64Array:
+        if not len(rows):
+            return rows
         tails = self._table.block_tables[index, rows, self._table.num_blocks[rows] - 1]
         pool = self._groups[index].pool
         copying = pool.is_shared(tails)

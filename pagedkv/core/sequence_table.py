@@ -97,7 +97,7 @@ class SequenceTable:
     @property
     def live_rows(self) -> Int64Array:
         """Rows with a sequence, ascending."""
-        return np.flatnonzero(self._handles)
+        return self._handles.nonzero()[0]
 
     def handles_of(self, rows: Int64Array) -> Int64Array:
         """The live handles in these rows."""
@@ -201,18 +201,23 @@ class SequenceTable:
         tokens[:, : self.token_ids.shape[1]] = self.token_ids
         self._lay_out(tables, tokens)
 
-    def snapshot(self, row: int) -> SequenceSnapshot:
-        """One live row, copied out."""
-        held, known = int(self.num_blocks[row]), int(self.num_tokens[row])
-        return SequenceSnapshot(
-            seq=int(self._handles[row]),
-            num_tokens=known,
-            num_reserved_tokens=int(self.num_reserved[row]),
-            num_computed_tokens=int(self.num_computed[row]),
-            num_published_blocks=int(self.num_published[row]),
-            token_ids=tuple(self.token_ids[row, :known].tolist()),
-            block_tables=tuple(tuple(ids[row, :held].tolist()) for ids in self.block_tables),
-            block_size=self._block_size,
+    def snapshots(self) -> tuple[SequenceSnapshot, ...]:
+        """All live rows, copied out."""
+        handles, known, held = self._handles.tolist(), self.num_tokens.tolist(), self.num_blocks.tolist()
+        reserved, computed, published = self.num_reserved.tolist(), self.num_computed.tolist(), self.num_published.tolist()
+        return tuple(
+            SequenceSnapshot(
+                seq=handle,
+                num_tokens=known[row],
+                num_reserved_tokens=reserved[row],
+                num_computed_tokens=computed[row],
+                num_published_blocks=published[row],
+                token_ids=tuple(self.token_ids[row, : known[row]].tolist()),
+                block_tables=tuple(tuple(ids[row, : held[row]].tolist()) for ids in self.block_tables),
+                block_size=self._block_size,
+            )
+            for row, handle in enumerate(handles)
+            if handle
         )
 
     def _lay_out(self, block_tables: Int32Array, token_ids: Int32Array) -> None:

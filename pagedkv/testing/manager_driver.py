@@ -14,9 +14,10 @@ from itertools import cycle, islice
 import numpy as np
 
 from pagedkv.core import Extension, KVCacheManager
-from pagedkv.errors import InvalidRequestError, InvariantError, OutOfBlocksError, PagedKVError, StaleHandleError, UnknownHandleError
+from pagedkv.errors import InvalidRequestError, InvariantError, OutOfBlocksError, PagedKVError, StaleHandleError
 from pagedkv.plan import Int64Array
-from pagedkv.testing.agreement import compare_manager, conserve_blocks, disjoint_namespaces, read_back
+from pagedkv.testing.judge import ORACLES, Judge
+from pagedkv.testing.misuse import misuse
 from pagedkv.testing.programs import (
     NAMES,
     NAMESPACES,
@@ -43,16 +44,11 @@ from pagedkv.testing.reference_manager import ReferenceManager
 from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
 
-ORACLES = ("audit", "reference", "tokens", "ownership")
-LEVELS = ("off", "step", "audit")
-_NUM_MISUSES = 12
-
 
 @dataclass(slots=True)
 class _Step:
     """An extension whose forward pass has not happened yet."""
 
-    handles: list[int]
     extension: Extension
     stamps: list[int]
     live: list[int]  # those that it may still complete
@@ -71,7 +67,7 @@ class ManagerDriver:
     Attributes:
         manager: the subject.
         reference: what it should be like; its sequences are the live ones, in the order in which operations count them.
-        num_operations, num_checks, num_refusals: operations performed, oracles' rounds, calls that were refused as they should be.
+        num_operations: operations performed.
         num_decodes_on: decode steps right behind one of the same sequences, which the manager takes its short way for.
 
     Raises:
@@ -86,8 +82,6 @@ class ManagerDriver:
         check: str = "audit",
         oracles: Sequence[str] = ORACLES,
     ) -> None:
-        if check not in LEVELS or not set(oracles) <= set(ORACLES):
-            raise InvalidRequestError(f"check is {check!r} and oracles are {list(oracles)}: choose from {LEVELS} and {ORACLES}")
         self.config = config
         self.manager = manager_factory(
             num_blocks=list(config.num_blocks),
@@ -98,14 +92,23 @@ class ManagerDriver:
         )
         self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
         self.tokens = TokenOracle(config.num_blocks, config.block_size)
-        self.num_operations = self.num_checks = self.num_refusals = self.num_decodes_on = 0
-        self._check = check
-        self._oracles = tuple(oracles)
+        self.num_operations = self.num_decodes_on = 0
+        self._judge = Judge(self.manager, self.reference, self.tokens, check=check, oracles=oracles)
         self._step: _Step | None = None
         self._released: list[int] = []
-        self._stepped = False
+        self._has_stepped = False
         # Decode steps pass one frozen array as long as they are of the same sequences, as a scheduler does: the manager recognises it.
         self._decoding = np.zeros(0, dtype=np.int64)
+
+    @property
+    def num_checks(self) -> int:
+        """Rounds of the oracles."""
+        return self._judge.num_checks
+
+    @property
+    def num_refusals(self) -> int:
+        """Calls that were refused as they should be."""
+        return self._judge.num_refusals
 
     @property
     def has_step(self) -> bool:
@@ -128,12 +131,7 @@ class ManagerDriver:
             if not self._perform(operation):
                 return False
             self.num_operations += 1
-            if self._check == "audit":
-                self.verify()
-            elif self._check == "step" and self._stepped:
-                self.num_checks += 1
-                conserve_blocks(self.manager)
-                read_back(self.manager, self.reference, self.tokens, self._waiting())
+            self._judge.judge(waiting=self._waiting(), has_stepped=self._has_stepped)
         except InvariantError as error:
             raise ViolationError("audit", str(error)) from error
         except PagedKVError as error:
@@ -142,22 +140,8 @@ class ManagerDriver:
             raise
         except Exception as error:
             raise ViolationError("crash", f"{type(error).__name__}: {error}") from error
-        self._stepped = False
+        self._has_stepped = False
         return True
-
-    def verify(self) -> None:
-        """Consult every oracle that is switched on; raises ``ViolationError``, or the ``InvariantError`` of the manager's own check."""
-        self.num_checks += 1
-        oracles = self._oracles
-        if "audit" in oracles:
-            self.manager.check()
-        if "tokens" in oracles:
-            self._poison_free_blocks()
-            read_back(self.manager, self.reference, self.tokens, self._waiting())
-        if "ownership" in oracles:
-            disjoint_namespaces(self.manager, self.reference)
-        if "reference" in oracles:
-            compare_manager(self.manager, self.reference, turn=self.num_checks)
 
     def close(self) -> None:
         """Let go of everything: no block may stay held. Raises ``ViolationError``."""
@@ -208,11 +192,11 @@ class ManagerDriver:
     def _open(self, prompts: list[tuple[list[int], str]]) -> bool:
         tokens, names = [each for each, _ in prompts], [name for _, name in prompts]
         if len(prompts) > self.config.max_num_seqs - self.num_live or max(map(len, tokens)) > self.manager.max_seq_len:
-            self._expect(InvalidRequestError, lambda: self.manager.open(tokens, names))
+            self._judge.expect(InvalidRequestError, lambda: self.manager.open(tokens, names))
             return True
         opened = self.manager.open(tokens, names)
         found = self.reference.open(tokens, names, opened.seqs.tolist())
-        self._agree("tokens found", opened.num_cached_tokens.tolist(), found)
+        self._judge.agree("tokens found", opened.num_cached_tokens.tolist(), found)
         return True
 
     def _extend(self, operation: Extend) -> bool:
@@ -233,10 +217,10 @@ class ManagerDriver:
         try:
             expected = self.reference.extend(handles, counts)
         except OutOfBlocksError as refusal:
-            error = self._expect(OutOfBlocksError, lambda: self.manager.extend(handles, counts))
-            self._agree("needed and available", vars(error), vars(refusal))
+            error = self._judge.expect(OutOfBlocksError, lambda: self.manager.extend(handles, counts))
+            self._judge.agree("needed and available", vars(error), vars(refusal))
             return True
-        self._agree("blocks needed", needed, max(expected))
+        self._judge.agree("blocks needed", needed, max(expected))
         extension = self.manager.extend(self._same_array(handles), 1) if set(counts) == {1} else self.manager.extend(handles, counts)
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         stamps: list[int] = []
@@ -244,8 +228,8 @@ class ManagerDriver:
         for handle, start, end in zip(handles, starts, ends, strict=True):
             stamps += self.tokens.stamps(seqs[handle].name, seqs[handle].tokens[:end])[start:]
             positions += range(start, end)
-        self._agree("positions and lengths", [extension.positions.tolist(), extension.seq_lens.tolist()], [positions, ends])
-        self._step = _Step(handles, extension, stamps, list(handles))
+        self._judge.agree("positions and lengths", [extension.positions.tolist(), extension.seq_lens.tolist()], [positions, ends])
+        self._step = _Step(extension, stamps, list(handles))
         return True
 
     def _complete(self, tokens: Sequence[int], only: int | None) -> bool:
@@ -258,7 +242,7 @@ class ManagerDriver:
         nexts = [self._admissible(handle, token) for handle, token in zip(done, cycle(tokens), strict=False)]
         self.manager.complete(self._decoding if done == self._decoding.tolist() else done, nexts)
         self.reference.complete(done, nexts)
-        self._stepped = True
+        self._has_stepped = True
         if len(done) < len(step.live):
             rest = step.live[len(done) :]
             self.manager.cancel(rest)
@@ -291,7 +275,7 @@ class ManagerDriver:
 
     def _append(self, handle: int, token: int) -> bool:
         if len(self.reference.seqs[handle].tokens) >= self.manager.max_seq_len:
-            self._expect(InvalidRequestError, lambda: self.manager.append([handle], [token]))
+            self._judge.expect(InvalidRequestError, lambda: self.manager.append([handle], [token]))
             return True
         self.manager.append([handle], [token])
         self.reference.seqs[handle].tokens += [token] if token >= 0 else []
@@ -300,7 +284,7 @@ class ManagerDriver:
     def _fork(self, handle: int, count: int) -> bool:
         twin = self.reference.seqs[handle]
         if twin.reserved != twin.computed or count > self.config.max_num_seqs - self.num_live:
-            self._expect(InvalidRequestError, lambda: self.manager.fork(handle, count))
+            self._judge.expect(InvalidRequestError, lambda: self.manager.fork(handle, count))
             return True
         self.reference.fork(handle, self.manager.fork(handle, count).tolist())
         return True
@@ -323,7 +307,7 @@ class ManagerDriver:
     def _pin(self, handle: int, name: str) -> bool:
         tokens = self.reference.seqs[handle].tokens
         pin, found = self.manager.pin(tokens, name)
-        self._agree("tokens pinned", found, self.reference.pin(pin, tokens, name))
+        self._judge.agree("tokens pinned", found, self.reference.pin(pin, tokens, name))
         return True
 
     def _unpin(self, place: int) -> bool:
@@ -333,45 +317,21 @@ class ManagerDriver:
         pin = pins[place % len(pins)]
         self.manager.unpin(pin)
         self.reference.unpin(pin)
-        self._expect(StaleHandleError, lambda: self.manager.unpin(pin))
+        self._judge.look()
+        self._judge.expect(StaleHandleError, lambda: self.manager.unpin(pin))
         return True
 
     def _purge(self, name: str) -> bool:
-        self._agree("blocks purged", self.manager.purge(name), self.reference.purge(name))
+        self._judge.agree("blocks purged", self.manager.purge(name), self.reference.purge(name))
         return True
 
     def _match(self, tokens: list[int], name: str) -> bool:
         expected = self.reference.match(tokens, name)
-        self._agree("tokens matched", self.manager.match(tokens, name).num_tokens, len(expected[0]) * self.config.block_size)
+        self._judge.agree("tokens matched", self.manager.match(tokens, name).num_tokens, len(expected[0]) * self.config.block_size)
         return True
 
     def _misuse(self, kind: int, pick: int) -> bool:
-        manager = self.manager
-        released = self._released[-1 - pick % len(self._released)] if self._released else 0
-        wrong, error = (released, StaleHandleError) if released and pick % 2 else ((0, -1, 99_999 << 32)[pick % 3], UnknownHandleError)
-        live = list(self.reference.seqs)
-        one = live[pick % len(live)] if live else wrong
-        handle_calls: tuple[Callable[[], object], ...] = (
-            lambda: manager.release([*live, wrong]),
-            lambda: manager.extend([wrong], 1),
-            lambda: manager.complete([wrong], [0]),
-            lambda: manager.cancel([wrong]),
-            lambda: manager.fork(wrong, 1),
-            lambda: manager.truncate([wrong], [1]),
-            lambda: manager.append([wrong], [0]),
-        )
-        value_calls: tuple[Callable[[], object], ...] = (
-            lambda: manager.release([one, one]),
-            lambda: manager.truncate([one], [0]),
-            lambda: manager.fork(one, 0),
-            lambda: manager.append([one], [-2]),
-            lambda: manager.open([[0], []]),
-        )
-        kind %= _NUM_MISUSES if live else len(handle_calls)
-        if kind < len(handle_calls):
-            self._expect(error, handle_calls[kind])
-        else:
-            self._expect(InvalidRequestError, value_calls[kind - len(handle_calls)])
+        self._judge.expect(*misuse(self.manager, kind, pick, live=list(self.reference.seqs), released=self._released))
         return True
 
     # How it is done.
@@ -398,9 +358,9 @@ class ManagerDriver:
         twin = self.reference.seqs[handle]
         return token if twin.reserved == len(twin.tokens) < self.manager.max_seq_len else -1
 
-    def _waiting(self) -> Sequence[int]:
-        """Sequences whose block copies may not have been made yet."""
-        return self._step.live if self._step is not None else ()
+    def _waiting(self) -> Sequence[int] | None:
+        """Sequences whose block copies may not have been made yet; None where no step waits."""
+        return None if self._step is None else self._step.live
 
     def _same_array(self, handles: list[int]) -> Int64Array:
         if self._decoding.tolist() != handles:
@@ -411,26 +371,6 @@ class ManagerDriver:
     def _leave_step(self, handle: int) -> None:
         if self._step is not None and handle in self._step.live:
             self._step.live.remove(handle)
-
-    def _poison_free_blocks(self) -> None:
-        if self._step is None:  # else a block of an aborted sequence is still to be written by the step
-            for group, ids in enumerate(self.manager.free_block_ids()):
-                self.tokens.poison(group, ids.tolist())
-
-    def _agree(self, what: str, got: object, expected: object) -> None:
-        if "reference" in self._oracles and got != expected:
-            raise ViolationError("reference", f"{what}: {got}, expected {expected}")
-
-    def _expect(self, error: type[PagedKVError], command: Callable[[], object]) -> PagedKVError:
-        before = self.manager.snapshot()
-        try:
-            command()
-        except error as refusal:
-            if self.manager.snapshot() != before:
-                raise ViolationError("refusal", f"{type(refusal).__name__} was raised after a change: {refusal}") from refusal
-            self.num_refusals += 1
-            return refusal
-        raise ViolationError("refusal", f"{error.__name__} was not raised")
 
 
 def run_program(

@@ -132,3 +132,18 @@ def test_traces_quick_run_of_a_generated_trace_agrees_with_the_simulation(tmp_pa
         assert figures[f"one by one, {pool}, block hit rate %"] == pytest.approx(figures[f"one by one, {pool}, simulated %"])
     need(figures, "trace, requests a second", "loaded, 400 blocks, off, hit rate %")
     assert figures["loaded, 400 blocks, audit, checks"] == figures["loaded, 400 blocks, audit, steps"] > 0
+
+
+def test_stress_run_goes_on_with_the_chunks_that_are_missing(tmp_path: Path) -> None:
+    kept = tmp_path / "chunks.jsonl"
+    whole = run("stress.py", tmp_path, "--resume", str(kept))["figures"]
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    kept.write_text("".join(lines[:1]))
+    resumed = run("stress.py", tmp_path, "--resume", str(kept))["figures"]
+    assert kept.read_text().startswith(lines[0])
+    assert [json.loads(line)["number"] for line in kept.read_text().splitlines()] == [0, 1, 2, 3]
+    measured = {"operations_per_s_off", "operations_per_s_step", "operations_per_s_audit", "seconds_of_all_processes"}
+    assert {name: value for name, value in resumed.items() if name not in measured} == {
+        name: value for name, value in whole.items() if name not in measured
+    }

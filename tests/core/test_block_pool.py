@@ -281,7 +281,15 @@ def test_check_scribbled_counts_are_named(broken: dict[str, tuple[int, int]], me
         pool.check()
 
 
-@pytest.mark.parametrize(("entry", "message"), [(0, "the null block is in the free list"), (2, "a block is in the free list twice")])
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (0, "the null block is in the free list"),
+        (4, "in the free list, or one of no pool"),
+        (-1, "in the free list, or one of no pool"),
+        (2, "a block is in the free list twice"),
+    ],
+)
 def test_check_scribbled_free_list_is_named(entry: int, message: str) -> None:
     pool = BlockPool(4)
     pool._free[0] = entry

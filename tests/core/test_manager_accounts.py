@@ -107,6 +107,8 @@ def _set_block(row: int, place: int, value: int) -> Damage:
         (_set_block(0, 0, 9), "row 0: a block counted as published is not findable"),
         (_set("roots", 0, -99), "row 0: a published block belongs to another namespace"),
         (_set_block(0, 1, 1), "row 0: its writable block 1 is shared or findable"),
+        (_set_block(0, 1, 99), "tables name the blocks 1 to 99, the pool ends with 16"),
+        (_set_block(0, 1, -1), "tables name the blocks -1 to"),
         (_set_block(1, 1, 9), "block 4 has 1 references and 0 mentions"),
     ],
 )

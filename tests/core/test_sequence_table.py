@@ -148,14 +148,14 @@ def test_columns_never_exceed_the_longest_table() -> None:
     assert make_table(max_blocks=3).block_tables.shape[2] == 3
 
 
-def test_snapshot_copies_one_row_out() -> None:
+def test_snapshots_copy_live_rows_out() -> None:
     table = make_table()
     rows, handles = table.open_rows(2)
     row = int(rows[1])
     table.num_tokens[row], table.num_reserved[row], table.num_blocks[row] = 3, 2, 1
     table.token_ids[row, :3] = [5, 6, 7]
     table.block_tables[:, row, 0] = [8, 9]
-    snapshot = table.snapshot(row)
+    _, snapshot = table.snapshots()
     table.token_ids[row] = 0
     assert (snapshot.seq, snapshot.token_ids, snapshot.block_tables) == (handles[1], (5, 6, 7), ((8,), (9,)))
     assert (snapshot.slots(), snapshot.slots(1)) == ((32, 33), (36, 37))
