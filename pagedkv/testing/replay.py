@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pagedkv.core import KVCacheManager
+from pagedkv.core import KVCacheManager, Snapshot
 from pagedkv.testing.manager_driver import ManagerDriver
 from pagedkv.testing.programs import Program
 from pagedkv.testing.violations import ViolationError
@@ -30,17 +30,17 @@ def replay(
         try:
             performed = driver.run(operation)
         except ViolationError as error:
-            out(_tables(driver))
+            out(tables(driver.manager.snapshot()))
             out(f"violation: {error}")
             error.add_note(f"operation {number} of {len(program.operations)}")
             raise
-        out(_tables(driver) if performed else "passed over: it means nothing here")
+        out(tables(driver.manager.snapshot()) if performed else "passed over: it means nothing here")
     driver.close()
     out("--- all sequences and pins released: no block is held")
 
 
-def _tables(driver: ManagerDriver) -> str:
-    snapshot = driver.manager.snapshot()
+def tables(snapshot: Snapshot) -> str:
+    """All tables of a manager in words: the blocks of each group with their references, then the sequences."""
     lines = []
     for index, group in enumerate(snapshot.statistics.groups):
         held = " ".join(f"{block}x{count}" for block, count in snapshot.references[index])

@@ -35,9 +35,13 @@ class SimulationReport:
     num_aborted: int = 0
     num_errors: int = 0
     num_failed_steps: int = 0
+    num_spoilt: int = 0
+    num_purges: int = 0
     num_preemptions: int = 0
     num_hit_tokens: int = 0
     num_copies: int = 0
+    num_evicted: int = 0
+    peak_blocks: int = 0
     digest: str = field(default="")
 
 
@@ -58,11 +62,14 @@ class SimulationSetting:
     greedy: bool
 
     @staticmethod
-    def draw(rng: random.Random, *, block_size: int | None = None, greedy: bool = False) -> SimulationSetting:
-        """Sizes at the edge of what can run."""
+    def draw(
+        rng: random.Random, *, num_blocks: int | None = None, block_size: int | None = None, greedy: bool = False
+    ) -> SimulationSetting:
+        """Sizes at the edge of what can run; what is given is kept."""
         size = rng.choice([1, 2, 4]) if block_size is None else block_size
+        usual = 1 + -(-rng.choice([rng.randint(4, 24), rng.randint(24, 60), rng.randint(40, 120)]) // size)
         return SimulationSetting(
-            num_blocks=1 + -(-rng.choice([rng.randint(4, 24), rng.randint(24, 60), rng.randint(40, 120)]) // size),
+            num_blocks=usual if num_blocks is None else num_blocks,
             block_size=size,
             max_num_seqs=rng.randint(1, 6),
             max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 64]),

@@ -31,7 +31,7 @@ class SimulatedRunner:
         fault: of the next forward: it raises ``MemoryError`` before or after the model has run, or the logits of the first sequence that
             samples are NaN and its blocks unreadable. Cleared by whoever sets it.
         digest: of all plans so far.
-        num_tokens: of the last step.
+        plan: of the last forward; reset by whoever wants to know whether there was one.
         num_spoilt: sequences whose logits were made NaN.
     """
 
@@ -45,7 +45,13 @@ class SimulatedRunner:
         self.max_positions, self.eos_token_ids = inner.max_positions, inner.eos_token_ids
         self.fault: Fault | None = None
         self.digest = hashlib.sha256()
-        self.num_tokens = self.num_spoilt = 0
+        self.plan: StepPlan | None = None
+        self.num_spoilt = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of that plan."""
+        return 0 if self.plan is None else self.plan.num_tokens
 
     def new_storage(self, num_blocks: int) -> KVStorage:
         """The model's own."""
@@ -53,8 +59,7 @@ class SimulatedRunner:
 
     def forward(self, batch: StepBatch, storage: KVStorage) -> torch.Tensor:
         """Run the model, or fail."""
-        plan = batch.plan
-        self.num_tokens = plan.num_tokens
+        self.plan = plan = batch.plan
         for array in (plan.seqs, plan.token_ids, plan.slot_mapping, plan.logits_indices, *plan.copies):
             self.digest.update(np.ascontiguousarray(array).tobytes())
         if self.fault == "before":

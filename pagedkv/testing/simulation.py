@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pagedkv.engine import Engine, EngineConfig
-from pagedkv.errors import RequestTooLargeError, StepError
+from pagedkv.errors import InvalidRequestError, RequestTooLargeError, StepError
 from pagedkv.outputs import RequestOutput
 from pagedkv.testing.hash_model import HashModel, continuation
+from pagedkv.testing.lives import Life
+from pagedkv.testing.replay import tables
 from pagedkv.testing.simulated_load import POLICIES, Job, SimulationReport, SimulationSetting, draw_job
-from pagedkv.testing.simulated_runner import SimulatedRunner
+from pagedkv.testing.simulated_runner import Fault, SimulatedRunner
 from pagedkv.testing.violations import ViolationError
 
 if TYPE_CHECKING:
@@ -36,15 +39,11 @@ def simulate(seed: int, *, num_requests: int = 10) -> SimulationReport:
         what happened, with a digest of all plans.
 
     Raises:
-        ViolationError: a promise was broken; its notes name seed, step and setting.
+        ViolationError: a promise was broken; its notes name seed, step and setting, ``life`` is what ``simulate_life`` runs again.
 
-    Cost: some 20 milliseconds for ten requests.
+    Cost: some 100 milliseconds for ten requests.
     """
-    rng = random.Random(seed)
-    setting = SimulationSetting.draw(rng)
-    model = HashModel(block_size=setting.block_size, max_positions=setting.max_model_len)
-    # The engine asks no more of a runner than what the hash model has.
-    return _Simulation(rng, setting, cast("ModelRunner", model), _HashOracle(setting)).noted(seed, num_requests)
+    return simulate_life(Life(seed, tuple(range(num_requests))))
 
 
 def simulate_engine(seed: int, runner: ModelRunner, oracle: Oracle, *, num_requests: int = 6) -> SimulationReport:
@@ -59,9 +58,33 @@ def simulate_engine(seed: int, runner: ModelRunner, oracle: Oracle, *, num_reque
     Raises:
         ViolationError: as for ``simulate``.
     """
-    rng = random.Random(seed)
-    setting = SimulationSetting.draw(rng, block_size=runner.block_size, greedy=True)
-    return _Simulation(rng, setting, runner, oracle).noted(seed, num_requests)
+    return simulate_life(Life(seed, tuple(range(num_requests))), runner, oracle)
+
+
+def simulate_life(
+    life: Life, runner: ModelRunner | None = None, oracle: Oracle | None = None, *, watch: Callable[[str], object] | None = None
+) -> SimulationReport:
+    """Run one life, whole or cut down.
+
+    Args:
+        life: what to run.
+        runner: a real model, made ready, whose block size is kept; the hash model when not given.
+        oracle: as for ``simulate_engine``; needed with a runner.
+        watch: takes one text after the other: what happens, and all tables after each step.
+
+    Raises:
+        ViolationError: as for ``simulate``.
+        InvalidRequestError: a runner without an oracle, or the other way round.
+        ConfigError: a pool that no engine can have.
+    """
+    if (runner is None) != (oracle is None):
+        raise InvalidRequestError("a runner and its oracle come together: the hash model has its own")
+    size = runner.block_size if runner is not None else life.block_size
+    setting = SimulationSetting.draw(random.Random(life.seed), num_blocks=life.num_blocks, block_size=size, greedy=runner is not None)
+    if runner is None:
+        # The engine asks no more of a runner than what the hash model has.
+        runner = cast("ModelRunner", HashModel(block_size=setting.block_size, max_positions=setting.max_model_len))
+    return _Simulation(life, setting, runner, oracle or _HashOracle(setting), watch).noted()
 
 
 class _HashOracle:
@@ -84,8 +107,15 @@ class _HashOracle:
 
 
 class _Simulation:
-    def __init__(self, rng: random.Random, setting: SimulationSetting, runner: ModelRunner, oracle: Oracle) -> None:
-        self.rng, self.setting, self.oracle = rng, setting, oracle
+    def __init__(
+        self,
+        life: Life,
+        setting: SimulationSetting,
+        runner: ModelRunner,
+        oracle: Oracle,
+        watch: Callable[[str], object] | None,
+    ) -> None:
+        self.life, self.setting, self.oracle, self.watch = life, setting, oracle, watch
         self.now = 0.0
         self.runner = SimulatedRunner(runner, self._salt_of)
         self.engine = Engine(
@@ -96,63 +126,79 @@ class _Simulation:
         self.latest: dict[str, RequestOutput] = {}
         self.live: dict[str, None] = {}
         self.disturbed: set[str] = set()  # ended or failed from outside: their tokens are a beginning of the expected ones
+        self.turn = 0
+        self.eventful: list[int] = []  # turns before whose step something happened from outside
         self.report = SimulationReport()
         self.work = 0
 
-    def noted(self, seed: int, num_requests: int) -> SimulationReport:
+    def noted(self) -> SimulationReport:
         try:
-            return self.run(num_requests)
+            return self.run()
         except Exception as error:
             broken = error if isinstance(error, ViolationError) else ViolationError("audit", f"{type(error).__name__}: {error}")
-            broken.add_note(f"seed {seed}, step {self.report.num_steps}, {self.setting}")
+            broken.add_note(f"seed {self.life.seed}, step {self.report.num_steps}, {self.setting}")
+            broken.life = replace(self.life, turns=tuple(self.eventful))
             if broken is error:
                 raise
             raise broken from error
 
-    def run(self, num_requests: int) -> SimulationReport:
-        arrivals = sorted(self.rng.uniform(0, self.setting.span) for _ in range(num_requests))
+    def run(self) -> SimulationReport:
+        draws = {number: random.Random(f"{self.life.seed} request {number}") for number in self.life.requests}
+        arrivals = sorted((rng.uniform(0, self.setting.span), number) for number, rng in draws.items())
         while arrivals or self.engine.has_unfinished:
             if not self.engine.has_unfinished and arrivals:
-                self.now = max(self.now, arrivals[0])
-            while arrivals and arrivals[0] <= self.now:
-                del arrivals[0]
-                self._arrive()
-            self._disturb()
+                self.now = max(self.now, arrivals[0][0])
+            while arrivals and arrivals[0][0] <= self.now:
+                _, number = arrivals.pop(0)
+                self._arrive(number, draws[number])
+            if self.life.turns is None or self.turn in self.life.turns:
+                self._disturb(random.Random(f"{self.life.seed} turn {self.turn}"))
             self._step()
+            self.turn += 1
+            self.runner.fault = None
         self._verify_idle()
         self.report.digest = self.runner.digest.hexdigest()
         return self.report
 
     # What happens.
 
-    def _arrive(self) -> None:
+    def _arrive(self, number: int, rng: random.Random) -> None:
         known = [job.prompt + tuple(self._tokens(name, 0)) for name, job in self.jobs.items()]
-        job = draw_job(self.rng, self.setting, f"r{len(self.jobs) + self.report.num_refused}", known, self.vocab_size)
+        job = draw_job(rng, self.setting, f"r{number}", known, self.vocab_size)
         try:
             self.engine.add_request(job.name, job.as_prompt(), job.params())
-        except RequestTooLargeError:
+        except RequestTooLargeError as refusal:
             self.report.num_refused += 1
             if job.n == 1 and job.num_tokens <= min(self.setting.max_model_len, self.setting.capacity):
                 raise ViolationError("liveness", f"{job} was refused although it fits alone") from None
+            self._tell("refused", refusal, job)
             return
+        self._tell("comes", job)
         self.jobs[job.name] = job
         self.live[job.name] = None
         self.work += job.n * (len(job.prompt) + job.max_tokens)
 
-    def _disturb(self) -> None:
-        rng, kind = self.rng, self.rng.random()
-        self.runner.fault = None
+    def _disturb(self, rng: random.Random) -> None:
+        kind = rng.random()
         if kind < 0.05 and self.jobs:
             name = rng.choice(list(self.jobs))
+            self._happen("abort", name)
             if self.engine.abort(name):
                 self.disturbed.add(name)
                 self.report.num_aborted += 1
         elif kind < 0.09 and self.setting.with_preemptions and self.live:
-            self.engine.preempt(rng.choice(list(self.live)))
+            name = rng.choice(list(self.live))
+            self._happen("preempt", name)
+            self.engine.preempt(name)
         elif kind < 0.11:
-            self.engine.purge_cache(rng.choice(["", "1"]))
-        elif kind < 0.17:
-            self.runner.fault = rng.choice(["before", "after", "logits"])
+            salt = rng.choice(["", "1"])
+            self._happen("purge the namespace", repr(salt))
+            self.engine.purge_cache(salt)
+            self.report.num_purges += 1
+        elif kind < 0.17 and self.life.faults:
+            faults: tuple[Fault, ...] = ("before", "after", "logits")
+            self.runner.fault = fault = rng.choice(faults)
+            self._happen("fault", fault)
 
     def _step(self) -> None:
         if not self.engine.has_unfinished:
@@ -162,14 +208,17 @@ class _Simulation:
         bound = 200 + 30 * self.work
         if self.report.num_steps > bound:
             raise ViolationError("liveness", f"no end in sight after {bound} steps for {self.work} tokens")
-        oldest = self._oldest()
+        oldest, self.runner.plan = self._oldest(), None
         try:
             outputs = self.engine.step()
-        except StepError:
+        except StepError as failure:
             if self.runner.fault not in ("before", "after"):
                 raise
+            self._tell("the step failed and was undone", failure)
             self.report.num_failed_steps += 1
             outputs = []
+        finally:
+            self._show_step()
         for output in outputs:
             self._take(output)
         self._verify_books()
@@ -183,6 +232,7 @@ class _Simulation:
             self.disturbed.add(name)
         if not output.finished:
             return
+        self._tell("ended", name, *(f"{each.finish_reason} {list(each.token_ids)}" for each in output.outputs))
         del self.live[name]
         self.report.num_ended += 1
         job = self.jobs[name]
@@ -193,6 +243,25 @@ class _Simulation:
         if not self.setting.with_preemptions and output.metrics.num_preemptions > _MAX_PREEMPTIONS * job.n:
             raise ViolationError("liveness", f"{name} was preempted {output.metrics.num_preemptions} times")
         self._verify_tokens(job, output)
+
+    # What is told of it.
+
+    def _happen(self, what: str, about: str) -> None:
+        self.eventful.append(self.turn)
+        self._tell(what, about)
+
+    def _tell(self, what: str, *about: object) -> None:
+        if self.watch is not None:
+            self.watch(f"turn {self.turn}: {' '.join([what, *map(str, about)])}")
+
+    def _show_step(self) -> None:
+        if self.watch is None:
+            return
+        owners = {self._handle(name, index): f"{name}.{index}" for name in self.live for index in range(self.jobs[name].n)}
+        plan = self.runner.plan
+        computed = [] if plan is None else zip(plan.seqs.tolist(), plan.query_lens.tolist(), strict=True)
+        self.watch(f"--- step {self.report.num_steps}: {', '.join(f'{seq} +{count}' for seq, count in computed) or 'nothing ran'}")
+        self.watch("\n".join([tables(self.engine.snapshot()), *(f"{seq} is {owner}" for seq, owner in owners.items() if seq)]))
 
     # The verdict.
 
@@ -221,6 +290,8 @@ class _Simulation:
             raise ViolationError("accounting", f"a step of {self.runner.num_tokens} tokens, {self.setting.max_num_batched_tokens} may be")
         self.report.num_preemptions = now.num_preemptions
         self.report.num_hit_tokens, self.report.num_copies = now.cache.num_hit_tokens, now.cache.num_copies
+        self.report.num_evicted = sum(group.num_evicted for group in now.cache.groups)
+        self.report.peak_blocks, self.report.num_spoilt = now.peak_blocks_in_use, self.runner.num_spoilt
 
     def _verify_oldest(self, oldest: tuple[str, int, int] | None) -> None:
         if oldest is None or oldest[0] not in self.live:

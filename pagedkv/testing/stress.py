@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from time import monotonic
+from collections.abc import Callable
 
 from pagedkv.core import KVCacheManager
 from pagedkv.errors import InvalidRequestError
@@ -14,45 +11,10 @@ from pagedkv.testing.generators import OperationGenerator, random_config
 from pagedkv.testing.manager_driver import ManagerDriver, run_program
 from pagedkv.testing.programs import NAMES, Operation, Program
 from pagedkv.testing.shrink import shrink
+from pagedkv.testing.stress_report import Budget, Report, Tally
 from pagedkv.testing.violations import ViolationError
 
 SESSION_LENGTH = 300
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a stress run did; it is there only if nothing was violated.
-
-    Attributes:
-        operations: performed on managers.
-        checks: rounds of the oracles.
-        refusals: calls that had to be refused, and were, without a trace.
-        faults: injected faults; this driver injects none.
-        seconds: of wall clock.
-        by_operation: operations of each kind.
-        seeds: the first session's seed and the last one's; every number between them is a session's as well.
-    """
-
-    operations: int
-    checks: int
-    refusals: int
-    faults: int
-    seconds: float
-    by_operation: Mapping[str, int]
-    seeds: tuple[int, int]
-
-
-@dataclass(slots=True)
-class _Totals:
-    began: float
-    operations: int = 0
-    checks: int = 0
-    refusals: int = 0
-    by_operation: Counter[str] = field(default_factory=Counter)
-
-    def report(self, first: int, last: int) -> Report:
-        seconds = monotonic() - self.began
-        return Report(self.operations, self.checks, self.refusals, 0, seconds, dict(sorted(self.by_operation.items())), (first, last))
 
 
 def stress_manager(
@@ -89,26 +51,21 @@ def stress_manager(
         InvalidRequestError: a budget or a size that cannot work.
         ViolationError: a promise was broken; ``program`` is the shortest program found, and notes name the seed and the operation.
     """
-    if num_operations is None and seconds is None:
-        num_operations = 10_000
-    for name, value, least in (("num_operations", num_operations, 1), ("num_blocks", num_blocks, 3), ("block_size", block_size, 1)):
+    for name, value, least in (("num_blocks", num_blocks, 3), ("block_size", block_size, 1)):
         if value is not None and value < least:
             raise InvalidRequestError(f"{name} is {value}: it must be at least {least}")
-    totals, number = _Totals(monotonic()), 0
+    budget, tally = Budget.of(num_operations, seconds, usual=10_000), Tally(seed)
     while True:
-        left = SESSION_LENGTH if num_operations is None else min(SESSION_LENGTH, num_operations - totals.operations)
-        _session(seed + number, left, totals, (num_blocks, block_size, check, manager_factory, max_shrink_runs))
-        report = totals.report(seed, seed + number)
+        left = SESSION_LENGTH if budget.operations is None else min(SESSION_LENGTH, budget.operations - tally.operations)
+        _session(tally.next_seed(), left, tally, (num_blocks, block_size, check, manager_factory, max_shrink_runs))
+        report = tally.report()
         if on_progress is not None:
             on_progress(report)
-        if (num_operations is not None and totals.operations >= num_operations) or (seconds is not None and report.seconds >= seconds):
+        if budget.used_up(report):
             return report
-        number += 1
 
 
-def _session(
-    seed: int, length: int, totals: _Totals, options: tuple[int | None, int | None, str, Callable[..., KVCacheManager], int]
-) -> None:
+def _session(seed: int, length: int, tally: Tally, options: tuple[int | None, int | None, str, Callable[..., KVCacheManager], int]) -> None:
     num_blocks, block_size, check, factory, max_shrink_runs = options
     rng = random.Random(seed)
     config = random_config(rng, num_blocks=num_blocks, block_size=block_size)
@@ -119,7 +76,8 @@ def _session(
             operation = operations.draw(driver)
             done.append(operation)
             if driver.run(operation):
-                totals.by_operation[NAMES[type(operation)]] += 1
+                tally.by_operation[NAMES[type(operation)]] += 1
+                tally.peak_blocks = max(tally.peak_blocks, *(len(group.held) for group in driver.reference.groups))
         performed = driver.num_operations
         driver.close()
     except ViolationError as error:
@@ -135,10 +93,14 @@ def _session(
 
         error.program = shrink(program, fails, max_runs=max_shrink_runs)
         error.add_note(
-            f"seed {seed}, operation {driver.num_operations} of the session, {totals.operations + driver.num_operations} in all; "
+            f"seed {seed}, operation {driver.num_operations} of the session, {tally.operations + driver.num_operations} in all; "
             f"{len(done)} operations, {len(error.program.operations)} after shrinking"
         )
         raise
-    totals.operations += performed
-    totals.checks += driver.num_checks
-    totals.refusals += driver.num_refusals
+    tally.operations += performed
+    tally.checks += driver.num_checks
+    tally.refusals += driver.num_refusals
+    account = driver.manager.statistics()
+    tally.hit_tokens += account.num_hit_tokens
+    tally.copies += account.num_copies
+    tally.evictions += sum(group.num_evicted for group in account.groups)

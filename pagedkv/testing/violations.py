@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pagedkv.testing.lives import Life
     from pagedkv.testing.programs import Program
 
 
@@ -21,9 +22,11 @@ class ViolationError(Exception):
 
     Attributes:
         program: the shortest ``pagedkv.testing.programs.Program`` found that ends in this violation, where a stress run raised it.
+        life: the ``pagedkv.testing.lives.Life`` that ends in this violation, where a simulation raised it.
     """
 
     program: Program | None = None
+    life: Life | None = None
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")

@@ -11,7 +11,8 @@ from pagedkv.testing.manager_driver import ManagerDriver, run_program
 from pagedkv.testing.programs import OPERATIONS, ManagerConfig, MatchPrefix, Open, Program, Prompt, load_program, save_program
 from pagedkv.testing.replay import replay
 from pagedkv.testing.shrink import shrink
-from pagedkv.testing.stress import Report, stress_manager
+from pagedkv.testing.stress import stress_manager
+from pagedkv.testing.stress_report import Report
 from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
 

