@@ -8,14 +8,10 @@ hands of two namespaces). Refusals are compared in any case, answers where ``ref
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 
-import numpy as np
-
-from pagedkv.core import Extension, KVCacheManager
-from pagedkv.errors import InvalidRequestError, InvariantError, OutOfBlocksError, PagedKVError, StaleHandleError
-from pagedkv.plan import Int64Array
+from pagedkv.core import KVCacheManager
+from pagedkv.errors import InvalidRequestError, InvariantError, PagedKVError, StaleHandleError
 from pagedkv.testing.judge import ORACLES, Judge
 from pagedkv.testing.misuse import misuse
 from pagedkv.testing.programs import (
@@ -41,17 +37,9 @@ from pagedkv.testing.programs import (
     Unpin,
 )
 from pagedkv.testing.reference_manager import ReferenceManager
+from pagedkv.testing.steps import Steps
 from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
-
-
-@dataclass(slots=True)
-class _Step:
-    """An extension whose forward pass has not happened yet."""
-
-    extension: Extension
-    stamps: list[int]
-    live: list[int]  # those that it may still complete
 
 
 class ManagerDriver:
@@ -68,7 +56,6 @@ class ManagerDriver:
         manager: the subject.
         reference: what it should be like; its sequences are the live ones, in the order in which operations count them.
         num_operations: operations performed.
-        num_decodes_on: decode steps right behind one of the same sequences, which the manager takes its short way for.
 
     Raises:
         InvalidRequestError: an unknown level or oracle.
@@ -92,13 +79,10 @@ class ManagerDriver:
         )
         self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
         self.tokens = TokenOracle(config.num_blocks, config.block_size)
-        self.num_operations = self.num_decodes_on = 0
+        self.num_operations = 0
         self._judge = Judge(self.manager, self.reference, self.tokens, check=check, oracles=oracles)
-        self._step: _Step | None = None
+        self._steps = Steps(self.manager, self.reference, self.tokens, self._judge)
         self._released: list[int] = []
-        self._has_stepped = False
-        # Decode steps pass one frozen array as long as they are of the same sequences, as a scheduler does: the manager recognises it.
-        self._decoding = np.zeros(0, dtype=np.int64)
 
     @property
     def num_checks(self) -> int:
@@ -111,9 +95,14 @@ class ManagerDriver:
         return self._judge.num_refusals
 
     @property
+    def num_decodes_on(self) -> int:
+        """Decode steps right behind one of the same sequences, which the manager takes its short way for."""
+        return self._steps.num_decodes_on
+
+    @property
     def has_step(self) -> bool:
         """Whether a step waits for its forward pass."""
-        return self._step is not None
+        return self._steps.waiting is not None
 
     @property
     def num_live(self) -> int:
@@ -127,11 +116,12 @@ class ManagerDriver:
             ViolationError: a promise was broken: an oracle's name, ``"refusal"`` for a refusal that is missing, unfounded or left traces,
                 or ``"crash"`` for any other exception.
         """
+        num_completed = self._steps.num_completed
         try:
             if not self._perform(operation):
                 return False
             self.num_operations += 1
-            self._judge.judge(waiting=self._waiting(), has_stepped=self._has_stepped)
+            self._judge.judge(waiting=self._steps.waiting, has_stepped=self._steps.num_completed > num_completed)
         except InvariantError as error:
             raise ViolationError("audit", str(error)) from error
         except PagedKVError as error:
@@ -140,7 +130,6 @@ class ManagerDriver:
             raise
         except Exception as error:
             raise ViolationError("crash", f"{type(error).__name__}: {error}") from error
-        self._has_stepped = False
         return True
 
     def close(self) -> None:
@@ -156,19 +145,19 @@ class ManagerDriver:
     def _perform(self, operation: Operation) -> bool:
         match operation:
             case Decode():
-                return self._decode(operation)
+                return self._steps.decode(operation.tokens, joining=operation.joining)
             case Open():
                 return self._open([self._prompt(prompt) for prompt in operation.prompts])
             case Extend():
                 return self._extend(operation)
             case Complete():
-                return self._complete(operation.tokens, operation.only)
+                return self._steps.complete(operation.tokens, operation.only)
             case MatchPrefix():
                 return self._match(*self._prompt(operation.prompt))
             case Misuse():
                 return self._misuse(operation.kind, operation.pick)
             case Cancel():
-                return self._cancel(copies_made=operation.copies_made)
+                return self._steps.cancel(copies_made=operation.copies_made)
             case Unpin():
                 return self._unpin(operation.pin)
             case Purge():
@@ -200,7 +189,7 @@ class ManagerDriver:
         return True
 
     def _extend(self, operation: Extend) -> bool:
-        if self._step is not None:
+        if self.has_step:
             return False
         handles, counts = [], []
         for handle, count in zip(self._distinct(operation.seqs), cycle(operation.counts), strict=False):
@@ -208,70 +197,9 @@ class ManagerDriver:
             if left:
                 handles.append(handle)
                 counts.append(1 + count % left)
-        return bool(handles) and self._begin(handles, counts)
-
-    def _begin(self, handles: list[int], counts: list[int]) -> bool:
-        seqs = self.reference.seqs
-        starts = [seqs[handle].reserved for handle in handles]
-        needed = self.manager.num_blocks_needed(handles, counts)
-        try:
-            expected = self.reference.extend(handles, counts)
-        except OutOfBlocksError as refusal:
-            error = self._judge.expect(OutOfBlocksError, lambda: self.manager.extend(handles, counts))
-            self._judge.agree("needed and available", vars(error), vars(refusal))
-            return True
-        self._judge.agree("blocks needed", needed, max(expected))
-        extension = self.manager.extend(self._same_array(handles), 1) if set(counts) == {1} else self.manager.extend(handles, counts)
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        stamps: list[int] = []
-        positions: list[int] = []
-        for handle, start, end in zip(handles, starts, ends, strict=True):
-            stamps += self.tokens.stamps(seqs[handle].name, seqs[handle].tokens[:end])[start:]
-            positions += range(start, end)
-        self._judge.agree("positions and lengths", [extension.positions.tolist(), extension.seq_lens.tolist()], [positions, ends])
-        self._step = _Step(extension, stamps, list(handles))
-        return True
-
-    def _complete(self, tokens: Sequence[int], only: int | None) -> bool:
-        step, self._step = self._step, None
-        if step is None:
-            return False
-        self.tokens.copy_blocks(step.extension.copies)
-        self.tokens.write(step.extension.slot_mapping.tolist(), step.stamps)
-        done = step.live if only is None else step.live[: only % (len(step.live) + 1)]
-        nexts = [self._admissible(handle, token) for handle, token in zip(done, cycle(tokens), strict=False)]
-        self.manager.complete(self._decoding if done == self._decoding.tolist() else done, nexts)
-        self.reference.complete(done, nexts)
-        self._has_stepped = True
-        if len(done) < len(step.live):
-            rest = step.live[len(done) :]
-            self.manager.cancel(rest)
-            self.reference.cancel(rest)
-        return True
-
-    def _decode(self, operation: Decode) -> bool:
-        if self._step is not None:
-            return False
-        twins, before = self.reference.seqs, self._decoding.tolist()
-        handles = [seq for seq, twin in twins.items() if twin.computed == twin.reserved == len(twin.tokens) - 1]
-        if not operation.joining and before and set(before) <= set(handles):
-            handles = before
-        if not handles:
-            return False
-        self.num_decodes_on += handles == before
-        self._begin(handles, [1] * len(handles))
-        self._complete(operation.tokens, None)
-        return True
-
-    def _cancel(self, *, copies_made: bool) -> bool:
-        step, self._step = self._step, None
-        if step is None:
-            return False
-        if copies_made:
-            self.tokens.copy_blocks(step.extension.copies)
-        self.manager.cancel(step.live)
-        self.reference.cancel(step.live)
-        return True
+        if handles:
+            self._steps.begin(handles, counts)
+        return bool(handles)
 
     def _append(self, handle: int, token: int) -> bool:
         if len(self.reference.seqs[handle].tokens) >= self.manager.max_seq_len:
@@ -291,14 +219,14 @@ class ManagerDriver:
 
     def _truncate(self, handle: int, length: int) -> bool:
         length = 1 + length % len(self.reference.seqs[handle].tokens)
-        self._leave_step(handle)
+        self._steps.leave(handle)
         self.manager.truncate([handle], [length])
         self.reference.truncate(handle, length)
         return True
 
     def _release(self, handles: list[int]) -> bool:
         for handle in handles:
-            self._leave_step(handle)
+            self._steps.leave(handle)
         self.manager.release(handles)
         self.reference.release(handles)
         self._released += handles
@@ -352,25 +280,6 @@ class ManagerDriver:
     def _unreserved(self, handle: int) -> int:
         twin = self.reference.seqs[handle]
         return len(twin.tokens) - twin.reserved
-
-    def _admissible(self, handle: int, token: int) -> int:
-        """A next token belongs behind the last known one only when all known ones are computed."""
-        twin = self.reference.seqs[handle]
-        return token if twin.reserved == len(twin.tokens) < self.manager.max_seq_len else -1
-
-    def _waiting(self) -> Sequence[int] | None:
-        """Sequences whose block copies may not have been made yet; None where no step waits."""
-        return None if self._step is None else self._step.live
-
-    def _same_array(self, handles: list[int]) -> Int64Array:
-        if self._decoding.tolist() != handles:
-            self._decoding = np.array(handles, dtype=np.int64)
-            self._decoding.flags.writeable = False
-        return self._decoding
-
-    def _leave_step(self, handle: int) -> None:
-        if self._step is not None and handle in self._step.live:
-            self._step.live.remove(handle)
 
 
 def run_program(
