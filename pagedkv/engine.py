@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pagedkv import checks
 from pagedkv.core import CacheStatistics, CheckLevel, KVCacheManager, Snapshot
 from pagedkv.core.guard import parse_check_level
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
@@ -60,14 +61,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         parse_check_level(self.check)
-        for name in ("num_blocks", "seed", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{name} is {value!r}: it must be an integer")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError(f"max_model_len is {self.max_model_len}: it must be at least 2, one token in and one out")
-        if self.num_blocks < 2:
-            raise ConfigError(f"num_blocks is {self.num_blocks}: it must be at least 2, the null block and one to use")
+        checks.integer("num_blocks", self.num_blocks, least=2, most=2**31 - 1)  # the null block and one to use; ids are int32
+        if self.max_model_len is not None:
+            checks.integer("max_model_len", self.max_model_len, least=2)  # one token in and one out
+        checks.flag("enable_prefix_caching", self.enable_prefix_caching)
+        checks.integer("seed", self.seed, least=-(2**63), most=2**64 - 1)
+        self.limits()  # which knows what they may be
+
+    def limits(self) -> SchedulerConfig:
+        """The scheduler's part of it; raises ``ConfigError`` naming the setting."""
+        return SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens, watermark=self.watermark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +133,14 @@ class Engine:
         policy: SchedulingPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(f"config is {checks.shown(config)}: it must be an EngineConfig")
         self.config = config
         self.max_model_len = resolve_max_model_len(runner, config.max_model_len)
         self._runner = runner
         self._tokenizer = tokenizer
         self._decoder = cast("Tokenizer | None", tokenizer)  # its decode is typed for batches, too
-        limits = SchedulerConfig(
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, watermark=config.watermark
-        )
+        limits = config.limits()
         # Before the books, which are small beside it but not small for a pool that no device could hold.
         self._storage = runner.new_storage(config.num_blocks)
         self._manager = KVCacheManager(
@@ -266,8 +269,8 @@ class Engine:
             ClosedError: after ``close``.
         """
         self._check_open()
-        if not isinstance(request_id, str):
-            raise InvalidRequestError(f"request id is {request_id!r}: it must be a text")
+        checks.text("request id", request_id, error=InvalidRequestError)
+        checks.flag("stream", stream, error=InvalidRequestError)
         params = SamplingParams() if params is None else params
         parsed = self._parse(prompt, params)
         request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
@@ -323,7 +326,7 @@ class Engine:
 
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
-        return self._manager.purge(cache_salt)
+        return self._manager.purge(checks.text("cache_salt", cache_salt, error=InvalidRequestError))
 
     def fill_free_blocks(self, value: float = 0.0) -> int:
         """Overwrite the K/V of all blocks that hold nothing: zeros erase what requests left behind, NaN proves that nobody reads it.

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pagedkv.attention import AttentionBackend
+from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
 from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
@@ -99,7 +100,10 @@ class LLM:
     ) -> None:
         if num_blocks is not None and kv_cache_memory_bytes is not None:
             raise ConfigError("num_blocks and kv_cache_memory_bytes were both given: give one")
-        if not 0 < memory_share <= 1:
+        integer("block_size", block_size, least=1, most=2**31 - 1)  # here and now: what follows costs the loading of a model
+        if kv_cache_memory_bytes is not None:
+            integer("kv_cache_memory_bytes", kv_cache_memory_bytes, least=1)
+        if not 0 < number("memory_share", memory_share, limit="from above 0 to 1") <= 1:
             raise ConfigError(f"memory_share is {memory_share}: it must be from above 0 to 1")
         self._limits = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._config = EngineConfig(  # what cannot work is refused before the model is loaded
@@ -171,6 +175,9 @@ class LLM:
             StepError: a forward pass failed; what was started by this call is ended.
         """
         work = self._work(prompts, sampling_params)
+        flag("use_tqdm", use_tqdm, error=InvalidRequestError)
+        if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+            raise InvalidRequestError(f"streamer is {shown(streamer)}: it needs put() and end(), as transformers' TextStreamer has")
         if streamer is not None and (len(work) != 1 or work[0][1].n != 1):
             raise InvalidRequestError(f"a streamer takes one prompt with n=1, got {len(work)} prompts")
         results: dict[str, RequestOutput] = {}
@@ -222,11 +229,8 @@ class LLM:
             raise InvalidRequestError("chat needs a tokenizer: give one to LLM")
         if chat_template is None and self._tokenizer.chat_template is None:
             raise InvalidRequestError("the tokenizer has no chat template: give chat_template")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts: list[Prompt] = []
-        for conversation in conversations:
-            if not conversation:
-                raise InvalidRequestError("a conversation is empty: it needs at least one message")
+        for conversation in _conversations(messages):
             ids = self._tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", list(conversation)),  # typed there for text alone; templates take more
                 chat_template=chat_template,
@@ -344,6 +348,24 @@ class LLM:
         del mine[request_id], self._inboxes[request_id]
 
 
+def _conversations(messages: object) -> list[Sequence[Message]]:
+    """One conversation or several, as a list of several, each of them of messages with a role and a content."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InvalidRequestError(
+            f"messages is {shown(messages)}: it must be a list of dicts with role and content, or a list of such lists"
+        )
+    several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+    for conversation in several:
+        if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes):
+            raise InvalidRequestError(f"a conversation is {shown(conversation)}: it must be a list of dicts with role and content")
+        if not conversation:
+            raise InvalidRequestError("a conversation is empty: it needs at least one message")
+        for message in conversation:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise InvalidRequestError(f"a message is {shown(message)}: it must be a dict with role and content")
+    return several
+
+
 class _StreamerFeed:
     """Passes one request's tokens on to a transformers streamer."""
 
@@ -389,6 +411,8 @@ class _Progress:
 
 def _policy(given: str | SchedulingPolicy) -> SchedulingPolicy | None:
     if not isinstance(given, str):
+        if not callable(getattr(given, "rank", None)) or not callable(getattr(given, "choose", None)):
+            raise ConfigError(f"scheduling_policy is {shown(given)}: it must be one of {', '.join(_POLICIES)}, or a SchedulingPolicy")
         return given
     if given not in _POLICIES:
         raise ConfigError(f"scheduling_policy is {given!r}: it must be one of {', '.join(_POLICIES)}, or a SchedulingPolicy")

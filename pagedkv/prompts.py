@@ -11,6 +11,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
+from pagedkv.checks import integers, text
 from pagedkv.errors import InvalidRequestError
 from pagedkv.plan import Int32Array
 from pagedkv.sampling import SamplingParams
@@ -61,16 +62,15 @@ def parse_prompt(prompt: Prompt | ParsedPrompt, *, tokenizer: Encoder | None, nu
         InvalidRequestError: names what is wrong, the limit and the setting to change.
     """
     fields = _as_fields(prompt)
-    text, ids = (prompt.text, prompt.token_ids) if isinstance(prompt, ParsedPrompt) else _encoded(fields, tokenizer)
+    words, ids = (prompt.text, prompt.token_ids) if isinstance(prompt, ParsedPrompt) else _encoded(fields, tokenizer)
     token_ids = _checked_ids(ids, num_token_ids)
     if len(token_ids) >= max_model_len:
         raise InvalidRequestError(
             f"the prompt has {len(token_ids)} tokens and max_model_len is {max_model_len}, one of them for the output: shorten it"
         )
     salt, priority = fields.get("cache_salt", ""), fields.get("priority", 0)
-    if not isinstance(salt, str):
-        raise InvalidRequestError(f"cache_salt is a {type(salt).__name__}: it must be a text")
-    return ParsedPrompt(text, token_ids, salt, check_priority(priority))
+    salt = text("cache_salt", salt, error=InvalidRequestError)
+    return ParsedPrompt(words, token_ids, salt, check_priority(priority))
 
 
 def check_priority(priority: object) -> int:
@@ -84,7 +84,8 @@ def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list of several; raises ``InvalidRequestError`` for what is neither."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if not isinstance(prompts, Sequence) and not isinstance(prompts, np.ndarray):
+    scalar = isinstance(prompts, np.ndarray) and prompts.ndim == 0
+    if scalar or not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, bytes | bytearray):
         raise InvalidRequestError(f"prompts is a {type(prompts).__name__}: give a text, token ids, a dict, or a list of those")
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         return [prompts]  # type: ignore[list-item]
@@ -111,9 +112,10 @@ def _as_fields(prompt: Prompt | ParsedPrompt) -> Mapping[str, object]:
         return {"prompt": prompt}
     if not isinstance(prompt, Mapping):
         return {"prompt_token_ids": prompt}
-    unknown = sorted(set(prompt) - set(PromptDict.__annotations__))
+    unknown = [field for field in prompt if field not in PromptDict.__annotations__]
     if unknown:
-        raise InvalidRequestError(f"prompt fields {', '.join(unknown)} are unknown: use {', '.join(PromptDict.__annotations__)}")
+        names = ", ".join(sorted(map(str, unknown)))
+        raise InvalidRequestError(f"prompt fields {names} are unknown: use {', '.join(PromptDict.__annotations__)}")
     if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
         raise InvalidRequestError("a prompt dict needs exactly one of prompt and prompt_token_ids")
     return prompt
@@ -121,23 +123,20 @@ def _as_fields(prompt: Prompt | ParsedPrompt) -> Mapping[str, object]:
 
 def _encoded(fields: Mapping[str, object], tokenizer: Encoder | None) -> tuple[str | None, object]:
     """The prompt's text, if it has one, and its token ids as they come."""
-    text = fields.get("prompt")
-    if text is None:
+    if "prompt" not in fields:
         return None, fields["prompt_token_ids"]
-    if not isinstance(text, str):
-        raise InvalidRequestError(f"prompt is a {type(text).__name__}: it must be a text")
+    words = text("prompt", fields["prompt"], error=InvalidRequestError)
     if tokenizer is None:
         raise InvalidRequestError("the prompt is a text and there is no tokenizer: give token ids, or a tokenizer")
-    return text, tokenizer.encode(text)
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the prompt is no text that can be encoded: {error}") from error
+    return words, tokenizer.encode(words)
 
 
 def _checked_ids(ids: object, num_token_ids: int) -> Int32Array:
-    try:
-        wide = np.asarray(ids)
-    except ValueError:  # lists of lists of different lengths
-        wide = np.zeros((0, 0))
-    if wide.ndim != 1 or (len(wide) and wide.dtype.kind not in "iu"):
-        raise InvalidRequestError(f"prompt_token_ids must be a flat list of integers, got {str(ids)[:80]}")
+    wide = integers("prompt_token_ids", ids)
     if not len(wide):
         raise InvalidRequestError("the prompt is empty: it needs at least one token")
     least, most = int(wide.min()), int(wide.max())

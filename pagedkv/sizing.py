@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pagedkv.checks import integer
 from pagedkv.errors import ConfigError
 
 
@@ -26,8 +27,7 @@ def blocks_for_work(lengths: Iterable[tuple[int, int]], *, block_size: int, max_
 
 def blocks_in_memory(nbytes: int, nbytes_per_block: int, *, setting: str) -> int:
     """Blocks that fit in ``nbytes``; raises ``ConfigError`` naming the setting when not even two do."""
-    if nbytes <= 0:
-        raise ConfigError(f"{setting} is {nbytes} bytes: it must be positive")
+    integer(f"{setting} (bytes)", nbytes, least=1)
     blocks = nbytes // nbytes_per_block
     if blocks < 2:
         raise ConfigError(f"{setting} is {nbytes} bytes, room for {blocks} blocks of {nbytes_per_block} bytes: at least 2 are needed")

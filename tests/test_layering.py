@@ -13,7 +13,7 @@ import pagedkv
 
 ROOT = Path(pagedkv.__file__).parent
 
-BASE = {"errors", "plan"}
+BASE = {"errors", "plan", "checks"}
 STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
@@ -23,6 +23,7 @@ TOP = {*MODELS, "core", "scheduling", "sampling", "outputs", "engine", "llm", "p
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "plan": set(),
+    "checks": {"errors"},
     "core": BASE,
     "scheduling": CORE,
     "storage": BASE,

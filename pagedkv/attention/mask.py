@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from pagedkv.checks import integer
 from pagedkv.errors import ConfigError
 from pagedkv.plan import Int64Array
 
@@ -36,7 +37,7 @@ class Mask:
     def __post_init__(self) -> None:
         if self.kind not in ("causal", "sliding", "chunked"):
             raise ConfigError(f'mask kind {self.kind!r}: "causal", "sliding" and "chunked" are known')
-        if (self.kind == "causal") != (self.size == 0) or self.size < 0:
+        if (self.kind == "causal") != (integer("mask size", self.size, least=0) == 0):
             raise ConfigError(f"mask size {self.size} for {self.kind!r}: causal has size 0, sliding and chunked at least 1")
 
     @classmethod

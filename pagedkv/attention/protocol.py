@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.attention.mask import Mask
+from pagedkv.checks import flag, integer, number, shown
 from pagedkv.errors import ConfigError, InvalidRequestError
 from pagedkv.storage.batch import StepBatch
 from pagedkv.storage.pool import LayerPool
@@ -31,6 +32,9 @@ class AttentionSpec:
         sinks: each query head has a learned logit in the softmax denominator.
         alibi: each query head has a slope by distance.
         scale: factor on the scores; None for ``key_dim ** -0.5``.
+
+    Raises:
+        ConfigError: a count, cap or scale that cannot be; names it.
     """
 
     num_heads: int
@@ -46,6 +50,16 @@ class AttentionSpec:
     alibi: bool = False
     scale: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "key_dim", "value_dim", "block_size"):
+            integer(f"AttentionSpec.{name}", getattr(self, name), least=1, most=2**31 - 1)
+        for name, kind in (("dtype", torch.dtype), ("device_type", str), ("mask", Mask)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"AttentionSpec.{name} is {shown(getattr(self, name))}: it must be a {kind.__name__}")
+        for name in ("sinks", "alibi"):
+            flag(f"AttentionSpec.{name}", getattr(self, name))
+        _check_factors("AttentionSpec", softcap=self.softcap, scale=self.scale)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttendOptions:
@@ -59,7 +73,7 @@ class AttendOptions:
         alibi_slopes: ``[Hq]`` adds ``slope * (key position - query position)``; None for none.
 
     Raises:
-        ConfigError: a cap that is not positive.
+        ConfigError: a cap that is not positive and finite, a scale that is not finite, or a mask that is none.
     """
 
     mask: Mask
@@ -69,8 +83,21 @@ class AttendOptions:
     alibi_slopes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ConfigError(f"softcap is {self.softcap}: it is positive, or None for no cap")
+        if not isinstance(self.mask, Mask):
+            raise ConfigError(f"AttendOptions.mask is {shown(self.mask)}: it must be a Mask")
+        number("AttendOptions.scale", self.scale, limit="a finite number")
+        _check_factors("AttendOptions", softcap=self.softcap, scale=None)
+        for name in ("sinks", "alibi_slopes"):
+            per_head = getattr(self, name)
+            if per_head is not None and not isinstance(per_head, Tensor):
+                raise ConfigError(f"AttendOptions.{name} is {shown(per_head)}: it must be a tensor, or None")
+
+
+def _check_factors(owner: str, *, softcap: object, scale: object) -> None:
+    if softcap is not None and not number(f"{owner}.softcap", softcap, limit="positive and finite, or None for no cap") > 0:
+        raise ConfigError(f"{owner}.softcap is {softcap}: it must be positive and finite, or None for no cap")
+    if scale is not None:
+        number(f"{owner}.scale", scale, limit="a finite number")
 
 
 class StepAttention:

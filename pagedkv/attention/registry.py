@@ -10,6 +10,7 @@ import torch
 
 from pagedkv.attention.protocol import AttentionBackend, AttentionSpec
 from pagedkv.errors import UnsupportedBackendError
+from pagedkv.storage.storage import as_device
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def get_backend(
         a new instance, to be used by one engine. Where ``"auto"`` has to do without the fastest, it logs the reason.
 
     Raises:
+        ConfigError: a device that torch does not know.
         UnsupportedBackendError: an unknown name (lists the known ones), or a named backend that cannot run here, with the reason.
     """
     if not isinstance(name, str):
@@ -58,7 +60,7 @@ def get_backend(
             raise UnsupportedBackendError(f"{name!r} is neither a name nor an object with the methods of AttentionBackend")
         return name
     if name == "auto":
-        return _preferred(torch.device(device), specs)
+        return _preferred(as_device(device), specs)
     factory = BACKENDS.get(name)
     if factory is None:
         raise UnsupportedBackendError(f"attention backend {name!r} is unknown: use one of {', '.join(['auto', *BACKENDS])}")

@@ -14,8 +14,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.checks import integer
+from pagedkv.core.arguments import as_block_ids
 from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
-from pagedkv.errors import ConfigError, InvalidRequestError, InvariantError, OutOfBlocksError, StaleHandleError, UnknownHandleError
+from pagedkv.errors import InvalidRequestError, InvariantError, OutOfBlocksError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import BoolArray, Int32Array
 
 NULL_BLOCK = 0
@@ -56,9 +58,7 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, *, policy: EvictionPolicy | None = None) -> None:
-        if not 2 <= num_blocks < 2**31:
-            raise ConfigError(f"num_blocks is {num_blocks}: it must be from 2 (block 0 is the null block) to 2**31 - 1")
-        self.num_blocks = num_blocks
+        self.num_blocks = num_blocks = integer("num_blocks", num_blocks, least=2, most=2**31 - 1)  # block 0 is the null block
         self._policy: EvictionPolicy = LeastRecentlyUsed(num_blocks) if policy is None else policy
         self._references = np.zeros(num_blocks, dtype=np.int32)
         self._cached = np.zeros(num_blocks, dtype=np.bool_)
@@ -108,24 +108,25 @@ class BlockPool:
 
     def is_cached(self, block_ids: Int32Array) -> BoolArray:
         """Whether each block is findable by content."""
-        found: BoolArray = self._cached[_index(block_ids)]
+        found: BoolArray = self._cached[self._places(as_block_ids(block_ids))]
         return found
 
     def is_shared(self, block_ids: Int32Array) -> BoolArray:
         """Whether each block must be copied before it is written: held more than once, or findable (and so immutable)."""
-        return (self._references[block_ids] > 1) | self._cached[block_ids]
+        places = self._places(as_block_ids(block_ids))
+        return (self._references[places] > 1) | self._cached[places]
 
     def take(self, count: int) -> Allocation:
         """Hand out ``count`` blocks with one reference each: free ones first, then evicted ones.
 
         Raises:
-            InvalidRequestError: ``count`` is negative.
+            InvalidRequestError: ``count`` is negative, or no integer.
             OutOfBlocksError: fewer than ``count`` are available; nothing was changed.
 
         Cost: a fixed number of array operations; O(1) amortised a block.
         """
-        if count < 0:
-            raise InvalidRequestError(f"{count} blocks were asked for: it must be at least 0")
+        if type(count) is not int or count < 0:
+            count = integer("number of blocks asked for", count, least=0, error=InvalidRequestError)
         left, evicted = self._num_free - count, _NOTHING
         if left >= 0:
             ids = self._free[left : self._num_free][::-1].copy()
@@ -147,8 +148,8 @@ class BlockPool:
             StaleHandleError: a block that is free: it holds nothing to share.
             InvariantError: a reference count would pass 2**30.
         """
-        self._check_ids(block_ids)
-        places = _index(block_ids)
+        block_ids = as_block_ids(block_ids)
+        places = self._places(block_ids)
         before = self._references[places]
         gone = (before == 0) & ~self._cached[places]
         if gone.any():
@@ -169,8 +170,8 @@ class BlockPool:
             UnknownHandleError: an id outside the pool, or the null block.
             StaleHandleError: more releases than references; nothing was changed.
         """
-        self._check_ids(block_ids)
-        places = _index(block_ids)
+        block_ids = as_block_ids(block_ids)
+        places = self._places(block_ids)
         np.subtract.at(self._references, places, _ONE)
         after = self._references[places]
         if len(after) and int(after.min()) < 0:
@@ -188,14 +189,20 @@ class BlockPool:
         """Note that held blocks became findable by content.
 
         Raises:
+            UnknownHandleError: an id outside the pool, or the null block.
             InvariantError: a block is not held, or cached already.
 
         Cost: about 0.3 microseconds a block; they come a few at a time, for which one array operation alone takes longer.
         """
         references, cached = self._reference_items, self._cached_items
-        for block in block_ids:
-            if references[block] < 1 or cached[block]:
-                raise InvariantError("only a held block that is not cached yet can be published")
+        try:
+            for block in block_ids:
+                if not block > NULL_BLOCK:
+                    raise IndexError
+                if references[block] < 1 or cached[block]:
+                    raise InvariantError("only a held block that is not cached yet can be published")
+        except (IndexError, TypeError):  # asking each before it is used would take longer
+            return self.mark_cached(self._places(as_block_ids(block_ids)).tolist())
         for block in block_ids:
             cached[block] = True
 
@@ -206,6 +213,7 @@ class BlockPool:
             UnknownHandleError: an id outside the pool, or the null block.
             InvariantError: a block is not cached, or given twice.
         """
+        block_ids = as_block_ids(block_ids)
         self._check_ids(block_ids)
         if not self._cached[block_ids].all() or len(np.unique(block_ids)) < len(block_ids):
             raise InvariantError("only a cached block can be forgotten, and only once")
@@ -253,6 +261,11 @@ class BlockPool:
         end = self._num_free + len(block_ids)
         self._free[self._num_free : end] = block_ids
         self._num_free = end
+
+    def _places(self, block_ids: Int32Array) -> npt.NDArray[np.intp]:
+        """Blocks of this pool as an index."""
+        self._check_ids(block_ids)
+        return _index(block_ids)
 
     def _check_ids(self, block_ids: Int32Array) -> None:
         if len(block_ids) and not (int(block_ids.min()) > NULL_BLOCK and int(block_ids.max()) < self.num_blocks):

@@ -11,7 +11,9 @@ from typing import Self
 
 import numpy as np
 
+from pagedkv import checks
 from pagedkv.core import auditing
+from pagedkv.core.arguments import NO_TOKEN, as_counts, as_namespace, as_prompts, as_tokens
 from pagedkv.core.cohort import Cohort
 from pagedkv.core.eviction import EvictionPolicy
 from pagedkv.core.guard import CheckLevel, parse_check_level
@@ -24,8 +26,7 @@ from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.errors import ConfigError, InvalidRequestError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import Int32Array, Int64Array
 
-_NO_TOKEN = -1
-_INT32 = np.dtype(np.int32)
+_MAX_BLOCKS = 2**31 - 1  # block ids are int32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,15 +95,17 @@ class KVCacheManager:
         policy: Callable[[int], EvictionPolicy] | None = None,
         check: CheckLevel = "off",
     ) -> None:
-        sizes = [num_blocks] if isinstance(num_blocks, int) else list(num_blocks)
-        for name, value in (("block_size", block_size), ("max_num_seqs", max_num_seqs), ("number of layer groups", len(sizes))):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        sizes = _sizes(num_blocks)
+        block_size = checks.integer("block_size", block_size, least=1, most=_MAX_BLOCKS)
+        max_num_seqs = checks.integer("max_num_seqs", max_num_seqs, least=1, most=_MAX_BLOCKS)
+        enable_prefix_caching = checks.flag("enable_prefix_caching", enable_prefix_caching)
+        if max_seq_len is not None:
+            max_seq_len = checks.integer("max_seq_len", max_seq_len, least=1)
+        if policy is not None and not callable(policy):
+            raise ConfigError(f"policy is {checks.shown(policy)}: it must make an eviction policy for a number of blocks")
         self._groups = [LayerGroup(size, block_size=block_size, policy=policy(size) if policy else None) for size in sizes]
         capacity = (max(sizes) - 1) * block_size
         limit = capacity if max_seq_len is None else min(max_seq_len, capacity)
-        if limit < 1:
-            raise ConfigError(f"max_seq_len is {max_seq_len}: it must be at least 1")
         self._block_size = block_size
         self._check_level = check
         self._caching = enable_prefix_caching
@@ -174,12 +177,11 @@ class KVCacheManager:
 
     def rows_of(self, seqs: Sequence[int] | Int64Array) -> Int64Array:
         """Rows of live handles, no repeats; raises ``UnknownHandleError`` or ``StaleHandleError``."""
-        trusted = isinstance(seqs, np.ndarray) and seqs.dtype == np.int64 and seqs.ndim == 1
-        return self._table.rows_of(seqs if trusted else _as_handles(seqs))  # type: ignore[arg-type]
+        return self._table.rows_of(seqs)
 
     def match(self, token_ids: Sequence[int] | Int32Array, namespace: str = "") -> Match:
         """The longest cached prefix, in whole blocks; about 0.3 microseconds a block."""
-        return self._match(_as_tokens(token_ids), namespace)
+        return self._match(as_tokens(token_ids), as_namespace(namespace))
 
     def num_held_blocks(self, match: Match) -> int:
         """Blocks of a match that somebody holds, so that sharing them makes none less available; in the group with the fewest."""
@@ -218,9 +220,9 @@ class KVCacheManager:
 
         Cost: O(prompt tokens).
         """
-        tokens = [_as_tokens(prompt) for prompt in prompts]
-        names = [""] * len(tokens) if namespaces is None else list(namespaces)
-        self._check_open(tokens, names)
+        tokens, names = as_prompts(prompts, namespaces)
+        use_cache = checks.flag("use_cache", use_cache, error=InvalidRequestError)
+        self._check_open(tokens)
         caching = self._caching and use_cache
         matches = [self._match(prompt[:-1], name) if caching else None for prompt, name in zip(tokens, names, strict=True)]
         self._cohort = None  # the table may have to grow
@@ -259,7 +261,7 @@ class KVCacheManager:
         Cost: a fixed number of array operations plus O(blocks added); the fewest where one token is asked for with the same frozen array of
         handles step after step.
         """
-        if not isinstance(num_new_tokens, int) or num_new_tokens != 1:
+        if type(num_new_tokens) is not int or num_new_tokens != 1:
             self._cohort = None
             return self._reservations.grow(*self._reservation(seqs, num_new_tokens))
         cohort, self._cohort = self._cohort, None  # forgotten, should it not come through: the table alone is sure to be right then
@@ -284,8 +286,8 @@ class KVCacheManager:
         """
         cohort = self._cohort
         if cohort is not None and next_token_ids is not None and cohort.can_complete(seqs):
-            tokens = _as_counts(next_token_ids, len(seqs))
-            if tokens.item(tokens.argmin()) > _NO_TOKEN:
+            tokens = as_counts(next_token_ids, len(seqs), "next_token_ids")
+            if tokens.item(tokens.argmin()) > NO_TOKEN:
                 self._cohort = None  # as in ``extend``
                 cohort.complete(tokens)
                 self._cohort = cohort
@@ -333,10 +335,9 @@ class KVCacheManager:
 
         Cost: O(count x blocks of the sequence); no block is copied or allocated.
         """
+        count = checks.integer("fork count", count, least=1, error=InvalidRequestError)
         (row,) = self._rows_to_change([seq]).tolist()
         table = self._table
-        if count < 1:
-            raise InvalidRequestError(f"fork count is {count}: it must be at least 1")
         if count > table.num_free_rows:
             raise InvalidRequestError(f"{count} forks need {count} sequences and {table.num_free_rows} are left: raise max_num_seqs")
         if table.num_reserved[row] != table.num_computed[row]:
@@ -360,7 +361,7 @@ class KVCacheManager:
             InvalidRequestError: a length below 1 or beyond what is known.
         """
         rows = self._rows_to_change(seqs)
-        lengths = _as_counts(num_tokens, len(rows))
+        lengths = as_counts(num_tokens, len(rows), "num_tokens")
         known = self._table.num_tokens[rows]
         if len(rows) and (int(lengths.min()) < 1 or (lengths > known).any()):
             raise InvalidRequestError(
@@ -404,6 +405,7 @@ class KVCacheManager:
             UnknownHandleError: never issued.
             StaleHandleError: let go of already.
         """
+        pin = checks.integer("pin", pin, least=-(2**63), error=InvalidRequestError)
         if not 0 < pin < self._next_pin:
             raise UnknownHandleError(f"pin {pin} was never issued by this manager")
         if pin not in self._pins:
@@ -417,7 +419,7 @@ class KVCacheManager:
         Returns:
             how many blocks were forgotten, over all groups. Cost: O(blocks).
         """
-        root = self._namespaces.find(namespace)
+        root = self._namespaces.find(as_namespace(namespace))
         if root is None:
             return 0
         self._cohort = None
@@ -451,9 +453,9 @@ class KVCacheManager:
             ids = group.cache.continuations_of(np.concatenate([np.zeros(0, np.int32), *published]))
             group.forget(ids)
             forgotten += len(ids)
-        live = table.live_rows
+        public = table.live_rows[table.num_published[table.live_rows] > 0]
         # Chains are forgotten from their first block on, so who has any of them among its published ones has that one.
-        doubtful = live[(table.num_published[live] > 0) & ~self._groups[0].pool.is_cached(table.block_tables[0, live, 0])]
+        doubtful = public[~self._groups[0].pool.is_cached(table.block_tables[0, public, 0])]
         table.roots[doubtful] = 0
         table.num_published[doubtful] = 0
         return forgotten
@@ -527,9 +529,7 @@ class KVCacheManager:
         length = min(map(len, chains))
         return Match(length * self._block_size, tuple(tuple(chain[:length]) for chain in chains))
 
-    def _check_open(self, prompts: list[Int32Array], names: list[str]) -> None:
-        if len(names) != len(prompts):
-            raise InvalidRequestError(f"{len(names)} namespaces were given for {len(prompts)} prompts")
+    def _check_open(self, prompts: list[Int32Array]) -> None:
         if len(prompts) > self.num_free_seqs:
             raise InvalidRequestError(f"{len(prompts)} sequences were asked for and {self.num_free_seqs} are left: raise max_num_seqs")
         for prompt in prompts:
@@ -555,7 +555,8 @@ class KVCacheManager:
         self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array
     ) -> tuple[Int64Array, Int32Array, Int32Array]:
         rows = self.rows_of(seqs)
-        counts = _as_counts(np.full(len(rows), num_new_tokens) if isinstance(num_new_tokens, int) else num_new_tokens, len(rows))
+        given = num_new_tokens if hasattr(num_new_tokens, "__len__") else [num_new_tokens] * len(rows)  # one number for all
+        counts = as_counts(given, len(rows), "num_new_tokens")
         start = self._table.num_reserved[rows]
         if len(rows) and (int(counts.min()) < 1 or (counts > self._table.num_tokens[rows] - start).any()):
             self._refuse_reservation(rows, num_new_tokens)
@@ -567,10 +568,10 @@ class KVCacheManager:
 
     def _check_next(self, rows: Int64Array, token_ids: Sequence[int] | Int32Array) -> tuple[Int32Array, Int32Array]:
         """The next tokens as an array, and how many each row knows before them."""
-        tokens = _as_counts(token_ids, len(rows))
+        tokens = as_counts(token_ids, len(rows), "next_token_ids")
         known = self._table.num_tokens[rows]
         if len(rows):
-            if int(tokens.min()) < _NO_TOKEN:
+            if int(tokens.min()) < NO_TOKEN:
                 raise InvalidRequestError(f"token id {int(tokens.min())} is below 0 (-1 stands for no token)")
             longest = int(known.max()) + 1
             if longest > self._max_seq_len and (known[tokens >= 0] >= self._max_seq_len).any():
@@ -600,33 +601,10 @@ class KVCacheManager:
         self._namespaces.sweep(used)
 
 
-def _as_integers(values: Sequence[int] | Int32Array | Int64Array, what: str) -> Int64Array:
-    try:
-        numbers: Int64Array = np.asarray(values)
-    except ValueError as error:  # lists of different lengths
-        raise InvalidRequestError(f"{what} must be a flat list of integers: {error}") from error
-    if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
-        raise InvalidRequestError(f"{what} must be a flat list of integers, got {numbers.dtype} of shape {numbers.shape}")
-    return numbers
-
-
-def _as_handles(seqs: Sequence[int] | Int64Array) -> Int64Array:
-    return _as_integers(seqs, "sequence handles").astype(np.int64)
-
-
-def _as_tokens(token_ids: Sequence[int] | Int32Array) -> Int32Array:
-    wide = _as_integers(token_ids, "token ids")
-    if len(wide) and not (int(wide.min()) >= 0 and int(wide.max()) < 2**31):
-        raise InvalidRequestError(f"token ids must be from 0 to 2**31 - 1, got {int(wide.min())} to {int(wide.max())}")
-    return wide.astype(np.int32)
-
-
-def _as_counts(values: Sequence[int] | Int32Array, length: int) -> Int32Array:
-    counts = _as_integers(values, "numbers")
-    if len(counts) != length:
-        raise InvalidRequestError(f"expected {length} integers, one for each sequence, got {len(counts)}")
-    if counts.dtype == _INT32:
-        return counts  # type: ignore[return-value]  # what was just compared is more than mypy can tell
-    if length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
-        raise InvalidRequestError(f"expected 32-bit integers, got {int(counts.min())} to {int(counts.max())}")
-    return counts.astype(np.int32)
+def _sizes(num_blocks: object) -> list[int]:
+    """Blocks of each layer group; refused here, before anything of that size is made."""
+    many = isinstance(num_blocks, Sequence | np.ndarray) and not isinstance(num_blocks, str)
+    several = list(num_blocks) if many else [num_blocks]  # type: ignore[call-overload]  # what was just found out
+    if not several:
+        raise ConfigError("num_blocks is empty: it must be a number, or one for each layer group")
+    return [checks.integer("num_blocks", size, least=2, most=_MAX_BLOCKS) for size in several]

@@ -9,10 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
+from typing import NoReturn
 
 import numpy as np
 
-from pagedkv.errors import InvariantError
+from pagedkv.checks import integer
+from pagedkv.core.arguments import as_block_ids, as_tokens
+from pagedkv.errors import InvalidRequestError, InvariantError, UnknownHandleError
 from pagedkv.plan import Int32Array
 
 _ID_NBYTES = 4
@@ -33,10 +36,15 @@ class PrefixCache:
         num_blocks: size of the id space.
         block_size: tokens in a block.
 
+    Raises:
+        ConfigError: a size that is not such an integer.
+
     Memory: 24 bytes a block, plus about 160 for each published one at 16 tokens a block (key and map entry).
     """
 
     def __init__(self, num_blocks: int, *, block_size: int) -> None:
+        integer("num_blocks", num_blocks, least=2, most=2**31 - 1)
+        integer("block_size", block_size, least=1, most=2**31 - 1)
         self._blocks: dict[bytes, int] = {}
         self._keys: list[bytes | None] = [None] * num_blocks
         self._width = block_size * _ID_NBYTES
@@ -53,6 +61,10 @@ class PrefixCache:
 
         Cost: O(blocks matched), about 0.3 microseconds each.
         """
+        if not isinstance(token_ids, np.ndarray) or token_ids.dtype != _KEY_DTYPE or token_ids.ndim != 1:
+            token_ids = as_tokens(token_ids)
+        if type(root) is not int or not -_MAX_ROOTS <= root < 0:
+            root = integer("root", root, least=-_MAX_ROOTS, most=-1, error=InvalidRequestError)
         width = self._width
         raw = token_ids.astype(_KEY_DTYPE, copy=False).tobytes()
         find = self._blocks.get
@@ -79,8 +91,16 @@ class PrefixCache:
         Returns:
             ``n`` ids, the block that holds each content from now on: the given one, or an older twin.
 
+        Raises:
+            UnknownHandleError: a block outside the id space, or the null block.
+            InvalidRequestError: lists of different lengths.
+
         Cost: about 0.5 microseconds a block.
         """
+        if not len(parents) == len(token_ids) == len(block_ids) == len(roots):
+            raise InvalidRequestError(f"{len(block_ids)} blocks, {len(parents)} parents, {len(token_ids)} contents and {len(roots)} roots")
+        if block_ids and not (min(block_ids) > 0 and max(block_ids) < len(self._keys)):
+            self._refuse(block_ids)
         holders: list[int] = []
         self._claim(parents, token_ids, block_ids, roots, holders)
         return holders
@@ -100,12 +120,15 @@ class PrefixCache:
         """Forget published blocks, whose bytes are about to be reused.
 
         Raises:
+            UnknownHandleError: a block outside the id space, or the null block.
             InvariantError: a block is not published, or a published block would outlive its parent. Nothing was changed.
         """
-        ids = block_ids.tolist()
+        ids = as_block_ids(block_ids).tolist()
+        if ids and not (min(ids) > 0 and max(ids) < len(self._keys)):
+            self._refuse(ids)
         keys = [self._keys[block] for block in ids]
-        if None in keys:
-            raise InvariantError("prefix cache: only a published block can be removed")
+        if None in keys or len(set(ids)) < len(ids):
+            raise InvariantError("prefix cache: only a published block can be removed, and only once")
         parents = [_parent_of(key) for key in keys if key is not None]
         children = self._num_children
         for parent in parents:
@@ -175,6 +198,10 @@ class PrefixCache:
             raise InvariantError("prefix cache: a block's count of children is wrong")
         if keys.count(None) != roots.count(0) or len(keys) - keys.count(None) != len(self._blocks):
             raise InvariantError("prefix cache: a block carries a key or a namespace without being findable")
+
+    def _refuse(self, block_ids: Sequence[int]) -> NoReturn:
+        wrong = next(block for block in block_ids if not 0 < block < len(self._keys))
+        raise UnknownHandleError(f"block {wrong} is not one of 1 to {len(self._keys) - 1} (0 is the null block)")
 
     def _claim(
         self, parents: Iterable[int], token_ids: Int32Array, block_ids: Sequence[int], roots: Iterable[int], holders: list[int]

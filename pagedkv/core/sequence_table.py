@@ -5,8 +5,12 @@ Owns the rows and their handles. Does not own a block's lifetime (``BlockPool``)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from pagedkv.checks import integer
+from pagedkv.core.arguments import as_handles
 from pagedkv.core.report import SequenceSnapshot
 from pagedkv.errors import InvalidRequestError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import Int32Array, Int64Array
@@ -27,6 +31,9 @@ class SequenceTable:
         block_size: tokens in a block.
         max_blocks: the longest block table, in blocks.
 
+    Raises:
+        ConfigError: a size that is not an integer of at least 1.
+
     Attributes:
         block_tables: ``[G, R, M]`` int32, null block where a table has ended.
         token_ids: ``[R, M * B]`` int32 known tokens.
@@ -43,6 +50,13 @@ class SequenceTable:
     """
 
     def __init__(self, max_num_seqs: int, *, num_groups: int, block_size: int, max_blocks: int) -> None:
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("num_groups", num_groups),
+            ("block_size", block_size),
+            ("max_blocks", max_blocks),
+        ):
+            integer(name, value, least=1, most=_ROW_MASK)
         self._block_size = block_size
         self._max_blocks = max_blocks
         columns = min(max_blocks, 16)
@@ -124,15 +138,17 @@ class SequenceTable:
         """Whether this is the frozen array of the last look-up, whose handles are all as live as they were then."""
         return seqs is self._last_seqs and self._last_epoch == self._epoch
 
-    def rows_of(self, seqs: Int64Array) -> Int64Array:
+    def rows_of(self, seqs: Sequence[int] | Int64Array) -> Int64Array:
         """Rows of distinct live handles; a fixed number of array operations, one comparison for the frozen array of the last call.
 
         Raises:
             UnknownHandleError, StaleHandleError: naming the first wrong handle.
-            InvalidRequestError: a handle is given twice.
+            InvalidRequestError: a handle is given twice, or what is given are no integers.
         """
         if self.recognises(seqs):
             return self._last_rows
+        if not isinstance(seqs, np.ndarray) or seqs.dtype != np.int64 or seqs.ndim != 1:
+            seqs = as_handles(seqs)
         rows: Int64Array = seqs & _ROW_MASK
         if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):
             self._refuse(seqs)

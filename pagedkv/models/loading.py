@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models.gguf import converted_folder, gguf_config, is_gguf
+from pagedkv.storage.storage import as_device
 
 ModelName = str | os.PathLike[str]
 DtypeName = str | torch.dtype | None
@@ -48,7 +50,7 @@ def load_model(
     if not isinstance(model, (str, os.PathLike)):
         raise UnsupportedModelError(f"{type(model).__name__} is neither a name of a model nor a transformers PreTrainedModel")
     folder = _folder(model)
-    target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = as_device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if wanted is None else wanted)
     except OSError as error:
@@ -86,6 +88,8 @@ def load_tokenizer(
             return None
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
+    if not isinstance(tokenizer, str | os.PathLike):
+        raise ConfigError(f"tokenizer is {shown(tokenizer)}: it must be a name, a folder, or a transformers tokenizer")
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_folder(tokenizer))
     except (OSError, ValueError) as error:
@@ -127,7 +131,7 @@ def _as_asked(model: PreTrainedModel, *, dtype: torch.dtype | None, device: str 
     if dtype is not None and model.dtype != dtype:
         raise ConfigError(f"dtype is {dtype} but the loaded model is {model.dtype}: leave dtype out or cast the model")
     if device is not None:
-        wanted = torch.device(device)
+        wanted = as_device(device)
         if wanted.type != model.device.type or (wanted.index is not None and wanted.index != model.device.index):
             raise ConfigError(f"device is {wanted} but the loaded model is on {model.device}: leave device out or move the model")
     return model

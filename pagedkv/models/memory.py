@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pagedkv.errors import ConfigError, UnsupportedModelError
+from pagedkv.checks import integer
+from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import PackedCall
 from pagedkv.models.loading import DtypeName, load_config, parse_dtype
 from pagedkv.models.probe import ModelShape, probe_model
@@ -97,8 +98,8 @@ def plan_memory(
     Cost: a forward of 3 tokens for a loaded model; for a config, the construction of the model on the meta device.
     """
     for name, value in (("block_size", block_size), ("memory_bytes", memory_bytes), ("max_model_len", max_model_len)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}: at least 1 is needed")
+        if value is not None or name == "block_size":
+            integer(name, value, least=1)
     shape = _shape(model_or_config)
     stored = parse_dtype(dtype) or shape.dtype
     per_token = sum(layer.nbytes_per_token(stored) for layer in shape.layers)

@@ -106,7 +106,7 @@ class _RecordingStep:
             num_kv_heads=spec.num_kv_heads,
             key_dim=spec.key_dim,
             value_dim=spec.value_dim,
-            block_size=0,
+            block_size=1,  # the runner knows, and puts it in
             dtype=call.query.dtype,
             device_type=call.query.device.type,
             mask=resolve_mask(call, self._carriers),

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pagedkv.attention import AttentionBackend, AttentionSpec, get_backend
+from pagedkv.checks import integer
 from pagedkv.errors import ClosedError, ConfigError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import PackedCall
@@ -80,8 +81,7 @@ class ModelRunner:
         block_size: int = 16,
         pack_linears: bool | Literal["auto"] = "auto",
     ) -> None:
-        if block_size < 1:
-            raise ConfigError(f"block_size is {block_size}: at least 1 is needed")
+        integer("block_size", block_size, least=1, most=2**31 - 1)
         self._model = check_model(model)
         if model.device.type == "meta":
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")

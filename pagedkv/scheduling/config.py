@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pagedkv.checks import integer, number
 from pagedkv.errors import ConfigError
 
 
@@ -35,9 +36,8 @@ class SchedulerConfig:
             ("max_preemptions", self.max_preemptions, 0),
             ("num_ended_kept", self.num_ended_kept, 0),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value}: it must be an integer of at least {least}")
-        if not 0 <= self.watermark < 1:
+            integer(name, value, least=least)
+        if not 0 <= number("watermark", self.watermark, limit="from 0 to below 1") < 1:
             raise ConfigError(f"watermark is {self.watermark}: it must be from 0 to below 1")
 
     @property

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pagedkv.checks import integer, shown
+from pagedkv.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -40,6 +43,14 @@ class SchedulingPolicy(Protocol):
 
     def choose(self, candidates: Sequence[Candidate], num_cached_tokens: Sequence[int]) -> int:
         """Index of the candidate to admit, given how many tokens of each are cached now."""
+
+
+def check_policy(policy: object) -> None:
+    """Raise ``ConfigError`` for what cannot be asked as a ``SchedulingPolicy`` is; names what it lacks."""
+    for name in ("rank", "choose"):
+        if not callable(getattr(policy, name, None)):
+            raise ConfigError(f"policy is {shown(policy)}: it has no {name}(), which a SchedulingPolicy has")
+    integer("the policy's lookahead", getattr(policy, "lookahead", None), least=1)
 
 
 @dataclass(frozen=True, slots=True)

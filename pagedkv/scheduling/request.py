@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from pagedkv.checks import flag, integer, integers, shown, text
 from pagedkv.errors import InvalidRequestError, InvariantError, PagedKVError
 from pagedkv.plan import Int32Array
 from pagedkv.scheduling.events import Event, EventKind
@@ -55,19 +56,22 @@ class Request:
     wants_prompt_logits: bool = False
 
     def __post_init__(self) -> None:
+        text("request id", self.request_id, error=InvalidRequestError)
         object.__setattr__(self, "prompt_token_ids", _frozen_tokens(self.request_id, self.prompt_token_ids))
-        for name, value, least in (
+        name = f"request {self.request_id!r}"
+        for ids, given in (("eos_token_ids", self.eos_token_ids), ("stop_token_ids", self.stop_token_ids)):
+            if not isinstance(given, tuple):
+                raise InvalidRequestError(f"{name}: {ids} is {shown(given)}: it must be a tuple of token ids")
+        for field_name, value, least in (
             ("max_tokens", self.max_tokens, 1),
             ("min_tokens", self.min_tokens, 0),
             ("n", self.n, 1),
             *(("stop id", token, 0) for token in self.eos_token_ids + self.stop_token_ids),
         ):
-            if not isinstance(value, int | np.integer) or not least <= value <= _LARGEST:
-                raise InvalidRequestError(
-                    f"request {self.request_id!r}: {name} is {value}, it must be an integer of at least {least} and below 2**31"
-                )
-        if not isinstance(self.priority, int | np.integer):
-            raise InvalidRequestError(f"request {self.request_id!r}: priority is {self.priority}, it must be an integer")
+            integer(f"{name}: {field_name}", value, least=least, most=_LARGEST, error=InvalidRequestError)
+        integer(f"{name}: priority", self.priority, least=-(2**63), most=2**63 - 1, error=InvalidRequestError)
+        text(f"{name}: namespace", self.namespace, error=InvalidRequestError)
+        flag(f"{name}: wants_prompt_logits", self.wants_prompt_logits, error=InvalidRequestError)
 
 
 class Status(StrEnum):
@@ -172,11 +176,9 @@ class RequestRecord:
 
 
 def _frozen_tokens(request_id: str, token_ids: Int32Array) -> Int32Array:
-    wide = np.asarray(token_ids)
-    if wide.ndim != 1 or not len(wide) or wide.dtype.kind not in "iu":
-        raise InvalidRequestError(
-            f"request {request_id!r}: the prompt must be a flat, non-empty list of integers, got {wide.dtype} of shape {wide.shape}"
-        )
+    wide = integers(f"request {request_id!r}: the prompt", token_ids)
+    if not len(wide):
+        raise InvalidRequestError(f"request {request_id!r}: the prompt is empty: it needs at least one token")
     if int(wide.min()) < 0 or int(wide.max()) > _LARGEST:
         raise InvalidRequestError(f"request {request_id!r}: token ids must be from 0 to 2**31 - 1, got {wide.min()} to {wide.max()}")
     tokens = np.array(wide, dtype=np.int32)

@@ -11,11 +11,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
+from pagedkv.checks import integer, shown, text
 from pagedkv.core import CheckLevel, KVCacheManager
+from pagedkv.core.arguments import as_counts
 from pagedkv.errors import (
+    ConfigError,
     DuplicateRequestError,
     InvalidRequestError,
     InvariantError,
@@ -29,7 +33,7 @@ from pagedkv.scheduling.auditing import Books
 from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import EventKind
 from pagedkv.scheduling.planning import PlanBuilder, plan_of_decodes
-from pagedkv.scheduling.policies import FirstComeFirstServed, SchedulingPolicy
+from pagedkv.scheduling.policies import FirstComeFirstServed, SchedulingPolicy, check_policy
 from pagedkv.scheduling.preemption import choose_victims
 from pagedkv.scheduling.request import Branch, FinishReason, Request, RequestRecord, Status
 from pagedkv.scheduling.running import RunningSet
@@ -57,6 +61,9 @@ class Scheduler:
         config: limits.
         policy: order of admission and preemption; first come, first served when not given.
         clock: seconds, only for the times in the records; decides nothing.
+
+    Raises:
+        ConfigError: a part that is not what it should be; names it.
     """
 
     def __init__(
@@ -70,6 +77,8 @@ class Scheduler:
         self.config = SchedulerConfig() if config is None else config
         self.manager = manager
         self._policy: SchedulingPolicy = FirstComeFirstServed() if policy is None else policy
+        _check_parts(manager, self.config, clock)
+        check_policy(self._policy)
         self._clock = clock
         self._running = RunningSet(manager.table)
         self._waiting = WaitingQueue(self._policy)
@@ -116,6 +125,7 @@ class Scheduler:
 
     def record(self, request_id: str) -> RequestRecord | None:
         """The books on a request, alive or among the last ended; to read, never to write."""
+        request_id = _as_id(request_id)
         return self._records.get(request_id) or self._ended.get(request_id)
 
     def check(self) -> None:
@@ -136,6 +146,8 @@ class Scheduler:
         Raises:
             RequestTooLargeError: prompt and ``max_tokens`` can never fit, or ``n`` is over the running limit.
         """
+        if not isinstance(request, Request):
+            raise InvalidRequestError(f"request is {shown(request)}: it must be a Request")
         name, manager = f"request {request.request_id!r}", self.manager
         if request.n > min(self.config.max_running, manager.max_num_seqs):
             limit = min(self.config.max_running, manager.max_num_seqs)
@@ -162,9 +174,9 @@ class Scheduler:
             DuplicateRequestError: a request of this id has not ended.
             RequestTooLargeError: it can never fit; others are not disturbed.
         """
+        self.check_fits(request)
         if request.request_id in self._records:
             raise DuplicateRequestError(f"request id {request.request_id!r} is in use: choose another, or wait for its end")
-        self.check_fits(request)
         record = RequestRecord(request, arrival=self._arrivals, arrival_time=self._clock())
         self._arrivals += 1
         trunk = Branch(record, 0, request.prompt_token_ids, is_trunk=request.n > 1)
@@ -203,10 +215,8 @@ class Scheduler:
             InvalidRequestError: another plan, another number of tokens, or a token below -1; the plan stays outstanding.
         """
         self._check_outstanding(plan)
-        sampled = np.array(token_ids, dtype=np.int32)  # a copy: the next plan shows it
+        sampled = as_counts(token_ids, len(plan.sampling_seqs), "token_ids").copy()  # the next plan shows it
         sampled.setflags(write=False)
-        if sampled.shape != plan.sampling_seqs.shape:
-            raise InvalidRequestError(f"the plan samples {len(plan.sampling_seqs)} tokens, got an array of shape {sampled.shape}")
         steady = self._running.steady
         if steady is not None and steady.all_go_on(sampled):
             self.manager.complete(plan.seqs, sampled)
@@ -243,7 +253,7 @@ class Scheduler:
         Returns:
             False when no such request is alive (a no-op).
         """
-        record = self._records.get(request_id)
+        record = self._records.get(_as_id(request_id))
         if record is None:
             return False
         if self._outstanding is not None:
@@ -264,7 +274,7 @@ class Scheduler:
         Raises:
             InvariantError: a plan is outstanding.
         """
-        record = self._records.get(request_id)
+        record = self._records.get(_as_id(request_id))
         running = [branch for branch in record.branches if branch.status is Status.RUNNING] if record else []
         if not running:
             return False
@@ -281,7 +291,10 @@ class Scheduler:
         Returns:
             False when the branch has ended already (a no-op).
         """
-        record = self._records.get(request_id)
+        record = self._records.get(_as_id(request_id))
+        index = integer("index", index, least=-(2**63), error=InvalidRequestError)
+        if reason not in get_args(FinishReason):
+            raise InvalidRequestError(f"reason is {shown(reason)}: it must be one of {', '.join(get_args(FinishReason))}")
         branches = [branch for branch in record.branches if branch.index == index] if record else []
         if record is None or not branches or branches[0].status is Status.FINISHED:
             return False
@@ -534,7 +547,7 @@ class Scheduler:
                 record.first_token_time = now
 
     def _check_outstanding(self, plan: StepPlan) -> None:
-        if plan is not self._outstanding:
+        if plan is None or plan is not self._outstanding:
             raise InvalidRequestError("this plan is not the outstanding one: each plan is completed or undone exactly once")
 
     def _end_doomed(self) -> None:
@@ -542,6 +555,18 @@ class Scheduler:
         doomed, self._doomed = self._doomed, {}
         for request_id in doomed:
             self.abort(request_id)
+
+
+def _as_id(request_id: object) -> str:
+    return request_id if type(request_id) is str else text("request id", request_id, error=InvalidRequestError)
+
+
+def _check_parts(manager: object, config: object, clock: object) -> None:
+    for name, part, kind in (("manager", manager, KVCacheManager), ("config", config, SchedulerConfig)):
+        if not isinstance(part, kind):
+            raise ConfigError(f"{name} is {shown(part)}: it must be a {kind.__name__}")
+    if not callable(clock):
+        raise ConfigError(f"clock is {shown(clock)}: it must give seconds when it is called")
 
 
 def _age(branch: Branch) -> tuple[int, int]:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.errors import ConfigError, InvalidRequestError
+from pagedkv.checks import integer
+from pagedkv.errors import InvalidRequestError
 from pagedkv.plan import StepPlan
+from pagedkv.storage.storage import as_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +60,8 @@ class BatchBuilder:
     """
 
     def __init__(self, device: torch.device | str, block_size: int) -> None:
-        if block_size < 1:
-            raise ConfigError(f"block_size is {block_size}: at least 1 is needed")
-        self.device = torch.device(device)
-        self.block_size = block_size
+        self.block_size = integer("block_size", block_size, least=1, most=2**31 - 1)
+        self.device = as_device(device)
         self._buffers: dict[str, _Buffer] = {}
 
     def build(self, plan: StepPlan) -> StepBatch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagedkv.checks import integer, shown
 from pagedkv.errors import ConfigError, InvalidRequestError
 from pagedkv.storage.spec import LayerSpec
 
@@ -149,9 +150,9 @@ class LayerPool:
 
 def check_geometry(num_blocks: int, *, block_size: int, dtype: torch.dtype) -> None:
     """Raise ``ConfigError`` when no pool can have these sizes."""
-    if num_blocks < 2:
-        raise ConfigError(f"num_blocks is {num_blocks}: at least 2 are needed, the null block and one to hand out")
-    if block_size < 1:
-        raise ConfigError(f"block_size is {block_size}: at least 1 is needed")
+    integer("num_blocks", num_blocks, least=2, most=2**31 - 1)  # the null block and one to hand out; ids are int32
+    integer("block_size", block_size, least=1, most=2**31 - 1)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype is {shown(dtype)}: it must be a torch.dtype")
     if not dtype.is_floating_point:
         raise ConfigError(f"dtype is {dtype}: K and V are stored in a floating dtype")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pagedkv.errors import ConfigError
+from pagedkv.checks import integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,8 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_kv_heads", "key_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"LayerSpec.{name} is {getattr(self, name)}, at least 1 is needed")
-        if self.group < 0:
-            raise ConfigError(f"LayerSpec.group is {self.group}, groups are counted from 0")
+            integer(f"LayerSpec.{name}", getattr(self, name), least=1, most=2**31 - 1)
+        integer("LayerSpec.group", self.group, least=0, most=2**31 - 1)
 
     @property
     def numel_per_token(self) -> int:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagedkv.checks import integer, integers, shown
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PoolAllocationError
 from pagedkv.plan import Int32Array
 from pagedkv.storage.pool import LayerPool, check_geometry
@@ -51,12 +52,14 @@ class KVStorage:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        if not isinstance(layers, Sequence) or not all(isinstance(layer, LayerSpec) for layer in layers):
+            raise ConfigError(f"layers is {shown(layers)}: it must be a list of LayerSpec")
         if not layers:
             raise ConfigError("layers is empty: a storage holds at least one layer")
         groups = sorted({layer.group for layer in layers})
         if groups != list(range(len(groups))):
             raise ConfigError(f"the layers' groups are {groups}: they are counted 0, 1, ... without a hole")
-        counts = (num_blocks,) * len(groups) if isinstance(num_blocks, int) else tuple(num_blocks)
+        counts = tuple(num_blocks) if isinstance(num_blocks, Sequence) and not isinstance(num_blocks, str) else (num_blocks,) * len(groups)
         if len(counts) != len(groups):
             raise ConfigError(f"num_blocks has {len(counts)} entries for {len(groups)} layer groups")
         for count in counts:
@@ -64,7 +67,7 @@ class KVStorage:
         self.num_blocks = counts
         self.block_size = block_size
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self.nbytes = sum(counts[layer.group] * block_size * layer.nbytes_per_token(dtype) for layer in layers)
         self._pools: tuple[LayerPool, ...] = self._allocate(layers)
         self._closed = False
@@ -106,12 +109,15 @@ class KVStorage:
             slots: ``[T]`` int64 ``block_id * block_size + offset``; none lies in the null block.
 
         Raises:
-            InvalidRequestError: shapes, dtypes or slots are wrong; nothing was written.
+            InvalidRequestError: no such layer, or shapes, dtypes or slots are wrong; nothing was written.
 
         Cost: two indexed assignments, and the range check, which waits for the device. A backend's ``write`` inside a
         step uses slots that were checked on the host instead.
         """
-        pool = self.layers[layer]
+        pool = self._pool(layer)
+        for name, tensor in (("key", key), ("value", value), ("slots", slots)):
+            if not isinstance(tensor, Tensor):
+                raise InvalidRequestError(f"{name} is {shown(tensor)}: it must be a tensor")
         if slots.dtype != torch.int64 or slots.ndim != 1:
             raise InvalidRequestError(f"slots are {slots.dtype} {list(slots.shape)}: a flat int64 tensor is needed")
         if slots.numel():
@@ -134,16 +140,17 @@ class KVStorage:
 
         Cost: two row copies of each block and layer; nothing at all for an empty list.
         """
+        if not isinstance(copies, Sequence):
+            raise InvalidRequestError(f"copies is {shown(copies)}: it must be a list of [C, 2] arrays, one for each layer group")
+        arrays = [integers(f"copies of group {group}", pairs, ndim=2) for group, pairs in enumerate(copies)]
         if len(copies) != len(self.num_blocks):
             raise InvalidRequestError(f"copies has {len(copies)} entries for {len(self.num_blocks)} layer groups")
-        if not any(len(pairs) for pairs in copies):
-            return
         moves: dict[int, tuple[Tensor, Tensor]] = {}
-        for group, pairs in enumerate(copies):
+        for group, pairs in enumerate(arrays):
+            if pairs.shape[1] != 2:
+                raise InvalidRequestError(f"copies of group {group} are {list(pairs.shape)}: [C, 2] is needed")
             if not len(pairs):
                 continue
-            if pairs.ndim != 2 or pairs.shape[1] != 2:
-                raise InvalidRequestError(f"copies of group {group} are {list(pairs.shape)}: [C, 2] is needed")
             if len(np.unique(pairs[:, 1])) != len(pairs):
                 raise InvalidRequestError(f"copies of group {group} write a block twice: {pairs[:, 1].tolist()}")
             ids = self._block_ids(pairs.reshape(-1), group=group).view(-1, 2)
@@ -165,10 +172,11 @@ class KVStorage:
             K ``[Hkv, length, Dk]`` and V ``[Hkv, length, Dv]``, fresh tensors.
 
         Raises:
-            InvalidRequestError: an id out of range, or fewer blocks than ``length`` needs.
+            InvalidRequestError: no such layer, an id out of range, or fewer blocks than ``length`` needs.
         """
-        pool = self.layers[layer]
+        pool = self._pool(layer)
         ids = self._block_ids(block_ids, group=pool.spec.group, null_too=True)
+        integer("length", length, least=0, error=InvalidRequestError)
         if not 0 <= length <= len(ids) * self.block_size:
             raise InvalidRequestError(f"length {length}: {len(ids)} blocks hold 0 to {len(ids) * self.block_size} tokens")
         return pool.gather(ids, length)
@@ -177,10 +185,11 @@ class KVStorage:
         """Set whole blocks to one value in every layer of a group: zero them, or poison them in a test.
 
         Raises:
-            InvalidRequestError: an id out of range, or the null block.
+            InvalidRequestError: no such group, an id out of range, the null block, or a value that is no number.
         """
-        if not 0 <= group < len(self.num_blocks):
-            raise InvalidRequestError(f"group {group}: there are {len(self.num_blocks)} layer groups")
+        integer("group", group, least=0, most=len(self.num_blocks) - 1, error=InvalidRequestError)
+        if not isinstance(value, int | float):
+            raise InvalidRequestError(f"value is {shown(value)}: it must be a number, which may be NaN or infinite")
         ids = self._block_ids(block_ids, group=group)
         for pool in self.layers:
             if pool.spec.group == group:
@@ -191,14 +200,24 @@ class KVStorage:
         self._closed = True
         self._pools = ()
 
+    def _pool(self, layer: int) -> LayerPool:
+        pools = self.layers
+        return pools[integer("layer", layer, least=0, most=len(pools) - 1, error=InvalidRequestError)]
+
     def _block_ids(self, block_ids: BlockIds, *, group: int, null_too: bool = False) -> Tensor:
-        host = np.asarray(block_ids.cpu() if isinstance(block_ids, Tensor) else block_ids)
-        if host.ndim != 1 or (host.size and host.dtype.kind not in "iu"):
-            raise InvalidRequestError(f"block ids are {host.dtype} {list(host.shape)}: a flat list of integers is needed")
+        host = integers("block ids", block_ids.cpu() if isinstance(block_ids, Tensor) else block_ids)
         low, high = 0 if null_too else 1, self.num_blocks[group]
         if host.size and (host.min() < low or host.max() >= high):
             raise InvalidRequestError(f"block ids reach from {host.min()} to {host.max()}: group {group} allows [{low}, {high})")
         return torch.tensor(host.astype(np.int64), device=self.device)
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device by its name; raises ``ConfigError`` for what names none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {shown(device)}: it must name one that torch knows, such as 'cpu' or 'cuda'") from error
 
 
 def _physical_memory() -> int | None:

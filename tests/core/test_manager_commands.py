@@ -15,7 +15,7 @@ from pagedkv.errors import ConfigError, InvalidRequestError, OutOfBlocksError
     [
         ({"block_size": 0}, "block_size is 0"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
-        ({"num_blocks": []}, "number of layer groups is 0"),
+        ({"num_blocks": []}, "num_blocks is empty"),
         ({"num_blocks": 1}, "num_blocks is 1"),
         ({"num_blocks": [9, 1]}, "num_blocks is 1"),
         ({"max_seq_len": 0}, "max_seq_len is 0"),

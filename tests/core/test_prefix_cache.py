@@ -126,7 +126,7 @@ def test_remove_parent_before_its_children_is_refused_and_changes_nothing() -> N
 
 def test_remove_unpublished_block_is_refused_and_changes_nothing() -> None:
     cache = chain_cache()
-    with pytest.raises(InvariantError, match=r"^prefix cache: only a published block can be removed$"):
+    with pytest.raises(InvariantError, match=r"^prefix cache: only a published block can be removed, and only once$"):
         cache.remove(ids(3, 4))
     assert cache.match(ROOT, ids(*range(6))) == [1, 2, 3]
     cache.check()

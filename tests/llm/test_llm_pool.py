@@ -92,8 +92,8 @@ def test_pool_that_the_device_refuses_is_named_in_bytes_and_leaves_nothing(model
     [
         ({"num_blocks": 0}, ["num_blocks", "0", "at least 2"]),
         ({"num_blocks": -3}, ["num_blocks", "-3"]),
-        ({"kv_cache_memory_bytes": 0}, ["kv_cache_memory_bytes", "0", "positive"]),
-        ({"kv_cache_memory_bytes": -1}, ["kv_cache_memory_bytes", "-1", "positive"]),
+        ({"kv_cache_memory_bytes": 0}, ["kv_cache_memory_bytes", "0", "at least 1"]),
+        ({"kv_cache_memory_bytes": -1}, ["kv_cache_memory_bytes", "-1", "at least 1"]),
         ({"kv_cache_memory_bytes": NBYTES_PER_BLOCK}, ["kv_cache_memory_bytes", str(NBYTES_PER_BLOCK), "1 blocks", "at least 2"]),
         ({"num_blocks": 9, "kv_cache_memory_bytes": 9999}, ["num_blocks", "kv_cache_memory_bytes", "one"]),
         ({"memory_share": 0.0}, ["memory_share", "0.0"]),

@@ -330,7 +330,9 @@ def test_manager_that_somebody_else_empties_is_a_bug_of_the_caller_and_raised_as
 
 
 def test_nothing_to_schedule_although_somebody_waits_is_a_bug_and_raised_as_one() -> None:
-    scheduler = make_scheduler(policy=LongestCachedPrefix(lookahead=0))  # a policy that looks at nobody
+    policy = LongestCachedPrefix()
+    scheduler = make_scheduler(policy=policy)
+    object.__setattr__(policy, "lookahead", 0)  # it looks at nobody any more
     submit(scheduler, "a", 3)
     with pytest.raises(InvariantError, match="nothing could be scheduled although 1 wait and nothing runs"):
         scheduler.plan()

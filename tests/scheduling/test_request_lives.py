@@ -51,7 +51,7 @@ def test_complete_with_a_wrong_number_of_tokens_is_refused_and_the_plan_stays(to
     plan = plan_of(scheduler)
     assert (plan.num_seqs, len(plan.sampling_seqs)) == (4, 3)  # one token too many is one for each sequence
     before = scheduler.manager.snapshot()
-    with pytest.raises(InvalidRequestError, match="the plan samples 3 tokens"):
+    with pytest.raises(InvalidRequestError, match=r"token_ids.*(expected 3|flat list)"):
         scheduler.complete(plan, np.array(tokens))
     assert scheduler.manager.snapshot() == before
     complete(scheduler, plan)
