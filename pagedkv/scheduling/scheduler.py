@@ -429,7 +429,7 @@ class Scheduler:
 
     def _give_up_oldest(self, needed: int) -> None:
         """End the oldest running branch: it has all blocks that can be had, so only pinned prefixes can be in its way."""
-        branch = min(self._running.branches, key=_age)
+        (branch,) = self._running.branches  # anybody else would have been preempted
         num_pins = self.manager.statistics().num_pins
         if not num_pins:
             raise InvariantError(
@@ -567,7 +567,3 @@ def _check_parts(manager: object, config: object, clock: object) -> None:
             raise ConfigError(f"{name} is {shown(part)}: it must be a {kind.__name__}")
     if not callable(clock):
         raise ConfigError(f"clock is {shown(clock)}: it must give seconds when it is called")
-
-
-def _age(branch: Branch) -> tuple[int, int]:
-    return (branch.record.arrival, branch.index)

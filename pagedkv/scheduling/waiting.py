@@ -33,7 +33,7 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Branch]:
         """Queued branches, best first, then deferred ones."""
-        for _, _, number, branch in sorted(self._heap, key=lambda entry: entry[:3]):
+        for _, _, number, branch in sorted(self._heap):
             if self._queued.get(branch) == number:
                 yield branch
         for waiters in self._deferred.values():

@@ -217,6 +217,51 @@ def test_cancel_of_one_with_a_copy_leaves_the_copy_of_the_other() -> None:
     manager.check()
 
 
+def test_cancel_of_one_with_a_copy_and_then_of_the_other_counts_both_as_not_computed() -> None:
+    manager = make_manager()
+    seq = start(manager, list(range(6)))
+    one, two = manager.fork(seq, 2).tolist()
+    manager.append([one, two], [6, 6])
+    manager.extend([one, two], 1)
+    manager.cancel([one])
+    manager.cancel([two])
+    assert [each.num_computed_tokens for each in manager.snapshot().sequences] == [6, 4, 4]
+    manager.check()
+
+
+def test_cancel_of_a_later_step_keeps_what_was_computed_with_a_copy() -> None:
+    manager = make_manager()
+    seq = start(manager, list(range(5)))
+    (child,) = manager.fork(seq, 1).tolist()
+    for token in (5, 6):
+        manager.append([child], [token])
+        manager.extend([child], 1)
+        if token == 5:
+            manager.complete([child])
+    manager.cancel([child])
+    assert [each.num_computed_tokens for each in manager.snapshot().sequences] == [5, 6]
+    manager.check()
+
+
+def test_copies_are_counted_over_all_steps() -> None:
+    manager = make_manager()
+    seq = start(manager, list(range(6)))
+    children = manager.fork(seq, 3).tolist()
+    for number, child in enumerate(children, start=1):
+        manager.append([child], [6])
+        copies_of(manager, [child])
+        assert manager.statistics().num_copies == number
+
+
+def test_truncate_to_a_block_edge_leaves_no_shared_tail_to_look_at() -> None:
+    manager = make_manager()
+    seq = start(manager, list(range(9)))
+    manager.truncate([seq], [8])
+    assert not manager.table.some_tail_shared
+    manager.append([seq], [8])
+    assert copies_of(manager, [seq]) == []
+
+
 def test_truncate_after_a_copy_counts_the_copied_tokens_as_not_computed() -> None:
     manager = make_manager()
     seq = start(manager, list(range(6)))

@@ -187,6 +187,59 @@ def test_prefix_of_many_requests_is_computed_once_under_any_budget(budget: int) 
     assert computed.count(8) == 3
 
 
+def test_prefix_that_ends_in_the_middle_of_a_prompt_is_waited_for_so_far() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", list(range(20)), 2)
+    second = submit(scheduler, "b", [*range(10), *range(50, 60)], 2)
+    step(scheduler)
+    (wait,) = events(second, EventKind.WAITING)
+    assert wait.detail["num_tokens"] == 8
+    assert step(scheduler).query_lens.tolist() == [1, 12]
+
+
+def test_prefix_of_which_two_tokens_are_left_to_compute_is_waited_for() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=7)
+    submit(scheduler, "a", list(range(9)), 2)
+    step(scheduler)
+    second = submit(scheduler, "b", list(range(10)), 2)
+    assert step(scheduler).query_lens.tolist() == [2]
+    assert wait_reasons(second) == [WaitReason.PREFIX]
+    run(scheduler)
+    assert second.num_cached_tokens == 8
+
+
+def test_prefix_that_another_is_about_to_fill_by_decoding_is_not_waited_for() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", list(range(7)), 4)
+    step(scheduler, token=7)
+    second = submit(scheduler, "b", list(range(12)), 2)
+    assert step(scheduler).query_lens.tolist() == [1, 8]
+    assert (wait_reasons(second), second.num_cached_tokens) == ([], 4)
+
+
+def test_prefix_of_one_that_has_ended_is_not_mistaken_for_that_of_another_namespace() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    submit(scheduler, "ended", list(range(9)), 1)
+    step(scheduler)
+    submit(scheduler, "old", 2, 4)
+    submit(scheduler, "elsewhere", list(range(20)), 2, namespace="other")  # in the last row, where one without a row might be looked for
+    late = submit(scheduler, "late", list(range(20)), 2)
+    step(scheduler)
+    assert wait_reasons(late) == [WaitReason.SEQUENCES]
+    run(scheduler)
+    assert late.num_cached_tokens == 8
+
+
+def test_prefix_that_will_not_be_published_any_more_is_not_waited_for() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", list(range(13)), 2)
+    scheduler.undo(plan_of(scheduler))
+    scheduler.manager.purge()
+    second = submit(scheduler, "b", list(range(13)), 2)
+    assert step(scheduler).query_lens.tolist() == [13, 13]
+    assert wait_reasons(second) == []
+
+
 def test_prefix_wait_lets_others_pass() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=12)
     submit(scheduler, "a", list(range(10)), 2)

@@ -174,6 +174,43 @@ def test_preemptions_of_zero_admit_only_what_is_sure_to_fit() -> None:
     assert scheduler.num_preemptions == 0
 
 
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "worst"),
+    [
+        (9, 8, 2 + 3 * 2),  # blocks: two of the prompt are shared, and 16 tokens take 4
+        (8, 8, 1 + 3 * 3),  # the last prompt token is each branch's own, and so is its block
+        (9, 9, 2 + 3 * 3),
+    ],
+)
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_preemptions_of_zero_reckon_with_all_forks_of_one_that_waits(prompt: int, max_tokens: int, worst: int, short_of: int) -> None:
+    first = 3  # what the first request, which holds one block, may still take
+    scheduler = make_scheduler(1 + 1 + first + worst - short_of, max_num_seqs=8, max_preemptions=0)
+    submit(scheduler, "a", 4, 13)
+    step(scheduler)
+    wide = submit(scheduler, "b", prompt, max_tokens, n=3)
+    step(scheduler)
+    taken = [dict(event.detail) for event in events(wide, EventKind.WAITING)]
+    needed = {"reason": WaitReason.RESERVED, "needed": first - 1 + worst, "available": first - 1 + worst - short_of}
+    assert taken == ([needed] if short_of else [])
+    run(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens", "worst"), [(9, 8, 8), (8, 8, 10), (9, 9, 11)])
+def test_preemptions_of_zero_reckon_with_all_forks_of_one_that_runs(prompt: int, max_tokens: int, worst: int) -> None:
+    scheduler = make_scheduler(1 + worst + 3, max_num_seqs=8, max_preemptions=0, max_num_batched_tokens=4)
+    submit(scheduler, "a", prompt, max_tokens, n=3)
+    step(scheduler)  # one block of its prompt, so that it has not forked yet
+    late = submit(scheduler, "b", 4, 13)
+    step(scheduler)
+    step(scheduler)
+    (wait,) = events(late, EventKind.WAITING)
+    assert dict(wait.detail)["reason"] is WaitReason.RESERVED
+    run(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
 def test_preemption_leaves_the_oldest_alone_while_it_still_computes_its_prompt() -> None:
     scheduler = make_scheduler(9, max_num_seqs=4, max_num_batched_tokens=6, policy=Priority(), caching=False)
     first = submit(scheduler, "a", 20, 8, priority=9)
@@ -266,7 +303,8 @@ def test_pins_that_leave_too_little_end_the_request_with_an_error_that_names_the
     (branch,) = record.branches
     assert branch.finish_reason == "error"
     assert isinstance(record.error, OutOfBlocksError)
-    assert "1 pinned prefixes are held: unpin some" in str(record.error)
+    assert (record.error.needed, record.error.available) == (1, 0)
+    assert str(record.error).endswith("1 pinned prefixes are held: unpin some, or raise num_blocks")
     assert not scheduler.has_unfinished
     scheduler.manager.unpin(pin)
     submit(scheduler, "again", 9, 8)
