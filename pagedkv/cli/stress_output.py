@@ -4,152 +4,146 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from tqdm.auto import tqdm
 
-from pagedkv.testing.stress_report import Report, Tally
+from pagedkv.testing.stress_report import Report
+from pagedkv.testing.trace_replay import TraceReport
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A violation in words: ``seed`` is the failing session's, ``saved`` the file that ``--replay`` takes, if one could be written."""
+    """A violation in words.
+
+    Attributes:
+        kind, message, notes: of the ``ViolationError``.
+        case: what failed: a seed, or a trace.
+        saved: the file that ``--replay`` takes, where there is something to save and it could be.
+        again: the command that shows it again, step by step if it was saved.
+    """
 
     kind: str
     message: str
     notes: tuple[str, ...]
-    seed: int
-    saved: Path | None
-
-    @property
-    def again(self) -> str:
-        """The command that shows it step by step."""
-        return f"pagedkv stress --replay {self.saved}" if self.saved is not None else f"pagedkv stress --seed {self.seed}"
+    case: str
+    saved: str | None
+    again: str
 
     def __str__(self) -> str:
-        return "\n".join([f"VIOLATED: {self.message}", *(f"  {note}" for note in self.notes), f"  step by step: {self.again}"])
+        return "\n".join([f"VIOLATED: {self.message}", *(f"  {note}" for note in self.notes), f"  again: {self.again}"])
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One session or life that went well, and how long it took."""
+    """One session, life or trace that went well, and how long it took."""
 
-    seed: int
+    name: str
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that there is to say of a run; ``report`` is of what went well."""
+    """All that there is to say of a run; ``report`` is of what went well, None where a trace did not."""
 
     phase: str
-    report: Report
+    report: Report | TraceReport | None
     cases: tuple[Case, ...]
-    failure: Failure | None
-    interrupted: bool
+    seconds: float
+    failure: Failure | None = None
+    interrupted: bool = False
 
 
-class Progress:
-    """A bar on standard error, where that is a terminal; called with each report.
+class Bar:
+    """A bar on standard error, where that is a terminal."""
 
-    Attributes:
-        report: the last one.
-        cases: what each seed took so far.
-    """
-
-    def __init__(self, phase: str, seed: int, operations: int | None, seconds: float | None) -> None:
-        self.report = Tally(seed).report()
-        self.cases: list[Case] = []
-        self.next_seed = seed
-        self._operations, self._seconds = operations, seconds
+    def __init__(self, phase: str) -> None:
         self._bar = tqdm(total=1.0, desc=f"stress {phase}", disable=None, bar_format=_BAR, dynamic_ncols=True, leave=False)
 
-    def __call__(self, report: Report) -> None:
-        """Move the bar on."""
-        seed = report.seeds[1]
-        self.cases.append(Case(seed, report.seconds - (self.report.seconds if self.cases else 0.0)))
-        self.report, self.next_seed = report, seed + 1
-        shares = [
-            report.operations / self._operations if self._operations else 0.0,
-            report.seconds / self._seconds if self._seconds else 0.0,
-        ]
-        self._bar.set_postfix_str(
-            ", ".join(f"{_rate(report, name)} {name}/s" for name in ("operations", "faults", "checks")), refresh=False
-        )
-        self._bar.update(min(max(shares), 1.0) - self._bar.n)
+    def show(self, share: float, said: str) -> None:
+        """Move on to this share of the whole, from 0 to 1."""
+        self._bar.set_postfix_str(said, refresh=False)
+        self._bar.update(min(share, 1.0) - self._bar.n)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Clear the line."""
         self._bar.close()
 
 
 def show(outcome: Outcome, *, as_json: bool) -> None:
-    """Print the report, and a failure to standard error as well."""
-    failure = outcome.failure
+    """Print the report, and a failure on standard error."""
+    failure, report = outcome.failure, outcome.report
     if as_json:
-        print(json.dumps({"phase": outcome.phase, "violation": _as_data(failure), **asdict(outcome.report)}, indent=1))
+        violation = None if failure is None else asdict(failure)
+        print(json.dumps({"phase": outcome.phase, "violation": violation, **({} if report is None else asdict(report))}, indent=1))
     else:
-        print("\n".join(_lines(outcome)))
+        verdict = "VIOLATED" if failure is not None else "interrupted" if outcome.interrupted else "nothing violated"
+        print(f"{outcome.phase}: {verdict}; {_extent(outcome)} in {outcome.seconds:.1f} s")
+        if report is not None:
+            print(textwrap.indent(_table(report) if isinstance(report, Report) else str(report), "  "))
     if failure is not None:
         print(failure, file=sys.stderr)
 
 
 def write_junit(outcome: Outcome, path: Path) -> None:
-    """One test case for each seed; the failing one has the message, the notes and the file to replay."""
-    failure, seconds = outcome.failure, outcome.report.seconds
+    """One test case for each seed or trace; the failing one has the message, the notes and how to see it again.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    failure, place = outcome.failure, f"pagedkv.stress.{outcome.phase}"
     counts = {"tests": str(len(outcome.cases) + (failure is not None)), "failures": str(int(failure is not None)), "errors": "0"}
     root = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(root, "testsuite", {"name": f"pagedkv stress {outcome.phase}", **counts, "time": f"{seconds:.3f}"})
-    place = f"pagedkv.stress.{outcome.phase}"
+    suite = ElementTree.SubElement(
+        root, "testsuite", {"name": f"pagedkv stress {outcome.phase}", **counts, "time": f"{outcome.seconds:.3f}"}
+    )
     for case in outcome.cases:
-        ElementTree.SubElement(suite, "testcase", {"classname": place, "name": f"seed {case.seed}", "time": f"{case.seconds:.3f}"})
+        ElementTree.SubElement(suite, "testcase", {"classname": place, "name": _printable(case.name), "time": f"{case.seconds:.3f}"})
     if failure is not None:
-        failed = ElementTree.SubElement(suite, "testcase", {"classname": place, "name": f"seed {failure.seed}", "time": "0"})
-        ElementTree.SubElement(failed, "failure", {"type": failure.kind, "message": _printable(failure.message)}).text = _printable(
-            str(failure)
-        )
+        failed = ElementTree.SubElement(suite, "testcase", {"classname": place, "name": _printable(failure.case), "time": "0"})
+        said = ElementTree.SubElement(failed, "failure", {"type": failure.kind, "message": _printable(failure.message)})
+        said.text = _printable(str(failure))
     ElementTree.indent(root)
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _lines(outcome: Outcome) -> list[str]:
-    report = outcome.report
-    verdict = "VIOLATED" if outcome.failure is not None else "interrupted" if outcome.interrupted else "nothing violated"
-    first, last = report.seeds
-    done = ", ".join(f"{name} {count:,}" for name, count in sorted(report.by_operation.items(), key=lambda item: -item[1]))
+def rate(count: int, seconds: float) -> str:
+    """So many a second, in words."""
+    each = count / seconds if seconds else 0.0
+    return f"{each:,.0f}" if each >= 10 or not count else f"{each:.2g}"
+
+
+def _extent(outcome: Outcome) -> str:
+    names = [case.name for case in outcome.cases]
+    if len(names) < 2:
+        return names[0] if names else "nothing ran to its end"
+    return f"{len(names):,} sessions, {names[0]} to {names[-1]},"
+
+
+def _table(report: Report) -> str:
     rows = [
-        ("operations", report.operations, f"{_rate(report, 'operations')} a second"),
-        ("checks", report.checks, f"{_rate(report, 'checks')} a second: rounds of all oracles"),
+        ("operations", report.operations, f"{rate(report.operations, report.seconds)} a second"),
+        ("checks", report.checks, f"{rate(report.checks, report.seconds)} a second, each by every oracle"),
+        ("faults", report.faults, f"{rate(report.faults, report.seconds)} a second, injected"),
         ("refusals", report.refusals, "calls that had to be refused and were, without a trace"),
-        ("faults", report.faults, f"{_rate(report, 'faults')} a second, injected"),
         ("peak blocks", report.peak_blocks, "of one pool, held at once"),
         ("hits", report.hit_tokens, "prompt tokens found in the prefix cache"),
         ("evictions", report.evictions, "cached blocks given away"),
         ("copies", report.copies, "blocks copied before a write"),
     ]
-    return [
-        f"{outcome.phase}: {verdict}; {len(outcome.cases):,} seeds from {first} to {last} in {report.seconds:.1f} s",
-        *(f"  {name:<12}{count:>12,}  {meaning}" for name, count, meaning in rows),
-        f"  of these: {done}",
-    ]
-
-
-def _as_data(failure: Failure | None) -> dict[str, object] | None:
-    if failure is None:
-        return None
-    return {**asdict(failure), "saved": None if failure.saved is None else str(failure.saved), "again": failure.again}
-
-
-def _rate(report: Report, name: str) -> str:
-    count: int = getattr(report, name)
-    return f"{count / report.seconds:,.0f}" if report.seconds else "0"
+    counts = sorted(report.by_operation.items(), key=lambda item: -item[1])
+    done = textwrap.wrap(", ".join(f"{name} {count:,}" for name, count in counts), 80) or ["nothing"]
+    return "\n".join(
+        [
+            *(f"{name:<12}{count:>12,}  {meaning}" for name, count, meaning in rows),
+            *(f"{title:<26}{line}" for title, line in zip(["by operation", *[""] * len(done)], done, strict=False)),
+        ]
+    )
 
 
 def _printable(text: str) -> str:

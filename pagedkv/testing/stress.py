@@ -100,6 +100,7 @@ def _session(seed: int, length: int, tally: Tally, options: tuple[int | None, in
     tally.operations += performed
     tally.checks += driver.num_checks
     tally.refusals += driver.num_refusals
+    tally.faults += getattr(driver.manager, "num_faults", 0)  # of ``FailingAllocations``
     account = driver.manager.statistics()
     tally.hit_tokens += account.num_hit_tokens
     tally.copies += account.num_copies

@@ -91,6 +91,7 @@ def replay_trace(
     eviction: Callable[[int], EvictionPolicy] | None = None,
     cost: StepCost | None = None,
     check: CheckLevel = "off",
+    on_step: Callable[[int, int], object] | None = None,
 ) -> TraceReport:
     """Serve a trace's requests as they came, each when the virtual clock reaches its arrival.
 
@@ -105,6 +106,7 @@ def replay_trace(
         cost: what a step takes on the virtual clock.
         check: the manager's and the scheduler's check level, see ``CheckLevel``; unless it is ``"off"``, the replay counts requests,
             sequences and hits after every step as well.
+        on_step: called after each step with the requests that have ended, of all of the trace's, and the steps so far.
 
     Raises:
         ViolationError: a law or an invariant is broken, a request was lost, or a block stays held at the end; the step is in its notes.
@@ -121,7 +123,7 @@ def replay_trace(
         check=check,
     )
     config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-    return _Replay(trace, manager, config, policy, cost or StepCost(), check).run()
+    return _Replay(trace, manager, config, policy, cost or StepCost(), check).run(on_step)
 
 
 def replay_one_by_one(
@@ -176,7 +178,7 @@ class _Replay:
         self._first_token_s: list[float] = []
         self._tokens = np.zeros(manager.max_num_seqs, dtype=np.int32)  # by row, what its request generates
 
-    def run(self) -> TraceReport:
+    def run(self, on_step: Callable[[int, int], object] | None) -> TraceReport:
         scheduler = self._scheduler
         try:
             while scheduler.has_unfinished or self._num_submitted < len(self._trace.requests):
@@ -184,6 +186,8 @@ class _Replay:
                 plan = scheduler.plan()
                 if plan is not None:
                     self._step(plan)
+                    if on_step is not None:
+                        on_step(self._num_finished + self._num_refused, scheduler.num_steps)
             self._check_end()
         except InvariantError as error:
             violation = ViolationError("audit", str(error))

@@ -6,15 +6,15 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pagedkv.cli import main
-from pagedkv.core import KVCacheManager
+from pagedkv.core import Allocation, BlockPool, KVCacheManager
 from pagedkv.engine import Engine
-from pagedkv.plan import Int64Array
+from pagedkv.errors import InvariantError
+from pagedkv.testing.allocation_faults import _FailingPool
 from pagedkv.testing.lives import Life
 from pagedkv.testing.programs import load_program
 
@@ -26,22 +26,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def forgets_shared_tails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted bug: a fork's tail is written without a copy."""
-    right: Callable[[KVCacheManager, int, int], Int64Array] = KVCacheManager.fork
-
-    def fork(manager: KVCacheManager, seq: int, count: int) -> Int64Array:
-        children = right(manager, seq, count)
-        manager.table.tail_shared[:] = False
-        return children
-
-    monkeypatch.setattr(KVCacheManager, "fork", fork)
+def truncates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug that the first session meets."""
+    monkeypatch.setattr(KVCacheManager, "truncate", lambda manager, seqs, num_tokens: None)
 
 
 def test_stress_manager_reports_counts_and_ends_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stress", "--ops", "400", "--seed", "3"]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("manager: nothing violated; 2 seeds from 3 to 4 in ")
+    assert said.out.startswith("manager: nothing violated; 2 sessions, seed 3 to seed 4, in ")
     for word in ("operations", "checks", "refusals", "faults", "peak blocks", "hits", "evictions", "copies", "decode", "fork"):
         assert word in said.out
     assert said.err == ""
@@ -64,27 +57,27 @@ def test_stress_seconds_is_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["operations"] == 300
 
 
-@pytest.mark.usefixtures("forgets_shared_tails")
+@pytest.mark.usefixtures("truncates_nothing")
 def test_stress_broken_manager_ends_with_status_1_and_a_program_that_replays(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    assert main(["stress", "--ops", "900", "--seed", "4", "--junit", "junit.xml"]) == 1
+    assert main(["stress", "--seed", "0", "--junit", "junit.xml"]) == 1
     said = capsys.readouterr()
     (saved,) = folder.glob("pagedkv-stress-manager-*.json")
-    assert saved.name == "pagedkv-stress-manager-5.json"
+    assert saved.name == "pagedkv-stress-manager-0.json"
     assert "manager: VIOLATED" in said.out
-    assert "seed 5, operation" in said.err
+    assert "seed 0, operation" in said.err
     assert f"pagedkv stress --replay {saved.name}" in said.err
-    assert len(load_program(saved).operations) <= 6
+    assert len(load_program(saved).operations) <= 3
     cases = list(ElementTree.parse(folder / "junit.xml").getroot()[0])
-    assert [case.get("name") for case in cases] == ["seed 4", "seed 5"]
-    (failure,) = cases[-1]
+    assert [case.get("name") for case in cases] == ["seed 0"]
+    (failure,) = cases[0]
     assert failure.get("message") in said.err
     assert saved.name in (failure.text or "")
 
     assert main(["stress", "--replay", str(saved)]) == 1
     again = capsys.readouterr()
-    assert failure.get("message", "") in again.err
+    assert f"VIOLATED: {failure.get('type')}: " in again.err
     assert "group 0: " in again.out
     assert "blocks of" in again.out
     monkeypatch.undo()
@@ -92,23 +85,92 @@ def test_stress_broken_manager_ends_with_status_1_and_a_program_that_replays(
     assert capsys.readouterr().out.endswith("nothing was violated\n")
 
 
-@pytest.mark.usefixtures("forgets_shared_tails")
+@pytest.mark.usefixtures("truncates_nothing")
 def test_stress_broken_manager_is_in_the_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["stress", "--seed", "6", "--json"]) == 1
+    assert main(["stress", "--seed", "0", "--json"]) == 1
     violation = json.loads(capsys.readouterr().out)["violation"]
     assert violation["kind"] in violation["message"]
     assert violation["again"] == f"pagedkv stress --replay {violation['saved']}"
     assert any("seed" in note for note in violation["notes"])
 
 
-@pytest.mark.usefixtures("forgets_shared_tails")
+@pytest.mark.usefixtures("truncates_nothing")
 def test_stress_where_no_file_can_be_written_prints_the_program(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    (folder / "pagedkv-stress-manager-6.json").mkdir()
-    assert main(["stress", "--seed", "6"]) == 1
+    (folder / "pagedkv-stress-manager-0.json").mkdir()
+    assert main(["stress", "--seed", "0"]) == 1
     said = capsys.readouterr().err
     assert "not saved" in said
     assert '"format": "pagedkv program 1"' in said
-    assert "pagedkv stress --seed 6" in said
+    assert "pagedkv stress --seed 0" in said
+
+
+def test_stress_manager_with_faults_lets_allocations_fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["stress", "--ops", "300", "--faults", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["faults"] > 10
+
+    right = BlockPool.take
+
+    def take(pool: BlockPool, count: int) -> Allocation:
+        taken = right(pool, count)
+        if getattr(pool, "failing", False) and count:
+            raise MemoryError("too late")
+        return taken
+
+    monkeypatch.setattr(_FailingPool, "take", take)
+    assert main(["stress", "--ops", "300", "--faults", "--json"]) == 1
+    violation = json.loads(capsys.readouterr().out)["violation"]
+    assert violation["kind"] == "fault"
+    words = violation["again"].split()[1:]
+    assert words[-1] == "--faults"
+    assert main(words) == 1
+    assert "left traces" in capsys.readouterr().err
+    assert main(words[:-1]) == 0
+
+
+TRACE = "".join(
+    json.dumps({"timestamp": 100 * number, "input_length": 900, "output_length": 5, "hash_ids": [0, number]}) + "\n"
+    for number in range(1, 21)
+)
+
+
+def test_stress_trace_is_replayed_with_checks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "trace.jsonl").write_text(TRACE)
+    assert main(["stress", "--trace", "trace.jsonl", "--junit", "junit.xml"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("trace: nothing violated; mooncake trace trace.jsonl in ")
+    assert "num finished         20" in said
+    (case,) = ElementTree.parse(folder / "junit.xml").getroot()[0]
+    assert case.get("name") == "mooncake trace trace.jsonl"
+    assert main(["stress", "--trace", "trace.jsonl", "--ops", "3", "--blocks", "70", "--block-size", "32", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_requests"], report["num_finished"], report["violation"]) == (3, 3, None)
+    assert report["num_checks"] == report["num_steps"] > 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), InvariantError("broken")])
+def test_stress_trace_that_breaks_the_manager_ends_with_status_1(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    (folder / "trace.jsonl").write_text(TRACE)
+    monkeypatch.setattr(KVCacheManager, "release", fail)
+    assert main(["stress", "--trace", "trace.jsonl", "--blocks", "70", "--junit", "junit.xml", "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["violation"]["case"] == "mooncake trace trace.jsonl"
+    assert "broken" in said.err
+    assert "pagedkv stress --trace trace.jsonl --blocks 70" in said.err
+    assert "failure" in (folder / "junit.xml").read_text()
+
+
+def test_stress_junit_that_cannot_be_written_does_not_hide_a_violation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    assert main(["stress", "--ops", "10", "--junit", str(folder)]) == 2
+    monkeypatch.setattr(KVCacheManager, "open", lambda *arguments: None)
+    assert main(["stress", "--junit", str(folder)]) == 1
+    assert "crash" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["hash", "tiny"])
@@ -193,7 +255,11 @@ def test_stress_option_that_cannot_be_read_ends_with_status_2(words: list[str], 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--faults"], "choose a --model"),
+        (["--trace", "trace.jsonl", "--model", "hash"], "--model means nothing with --trace"),
+        (["--trace", "trace.jsonl", "--faults"], "--faults means nothing with --trace"),
+        (["--trace", "trace.jsonl", "--seed", "0"], "--seed means nothing with --trace"),
+        (["--trace", "missing.jsonl"], "missing.jsonl"),
+        (["--trace", "noise.json"], "TraceError"),
         (["--junit", "no/such/folder.xml"], "no such folder"),
         (["--replay", "missing.json"], "missing.json"),
         (["--replay", "noise.json"], "not a program"),
