@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pagedkv.testing.conformance_cases import StepCase
     from pagedkv.testing.lives import Life
     from pagedkv.testing.programs import Program
 
@@ -23,10 +24,12 @@ class ViolationError(Exception):
     Attributes:
         program: the shortest ``pagedkv.testing.programs.Program`` found that ends in this violation, where a stress run raised it.
         life: the ``pagedkv.testing.lives.Life`` that ends in this violation, where a simulation raised it.
+        case: the simplest ``pagedkv.testing.conformance_cases.StepCase`` found, where a check of an attention backend raised it.
     """
 
     program: Program | None = None
     life: Life | None = None
+    case: StepCase | None = None
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")

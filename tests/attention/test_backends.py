@@ -4,12 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-from attention_cases import Case, Geometry, Variant, dense_attention, make_case, random_lengths
 
 from pagedkv.attention import AttendOptions, AttentionBackend, AttentionSpec, Mask, get_backend
 from pagedkv.attention.native.library import load_library
 from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendError
 from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
+from pagedkv.testing.attention_cases import Case, Geometry, Variant, dense_attention, make_case, random_lengths
 from pagedkv.testing.plans import make_plan
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

