@@ -15,6 +15,7 @@ from pagedkv.testing.programs import (
     Cancel,
     Complete,
     Decode,
+    Distrust,
     Extend,
     Fork,
     ManagerConfig,
@@ -44,6 +45,7 @@ _WEIGHTS = {
     "pin": 2,
     "unpin": 2,
     "purge": 1,
+    "distrust": 1,
     "match": 3,
     "misuse": 2,
 }
@@ -129,6 +131,8 @@ class OperationGenerator:
                 return Unpin(pick)
             case "purge":
                 return Purge(self._namespace())
+            case "distrust":
+                return Distrust((pick, *self._picks()))
             case "match":
                 return MatchPrefix(self._prompt())
             case _:

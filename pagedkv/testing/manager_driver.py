@@ -21,6 +21,7 @@ from pagedkv.testing.programs import (
     Cancel,
     Complete,
     Decode,
+    Distrust,
     Extend,
     Fork,
     ManagerConfig,
@@ -173,6 +174,8 @@ class ManagerDriver:
                 return self._truncate(self._seq(operation.seq), operation.length)
             case Release():
                 return self._release(self._distinct(operation.seqs))
+            case Distrust():
+                return self._distrust(self._distinct(operation.seqs))
             case Pin():
                 return self._pin(self._seq(operation.seq), NAMESPACES[operation.namespace % len(NAMESPACES)])
 
@@ -251,6 +254,10 @@ class ManagerDriver:
 
     def _purge(self, name: str) -> bool:
         self._judge.agree("blocks purged", self.manager.purge(name), self.reference.purge(name))
+        return True
+
+    def _distrust(self, handles: list[int]) -> bool:
+        self._judge.agree("blocks distrusted", self.manager.distrust(handles), self.reference.distrust(handles))
         return True
 
     def _match(self, tokens: list[int], name: str) -> bool:

@@ -166,6 +166,13 @@ class Purge:
 
 
 @dataclass(frozen=True, slots=True)
+class Distrust:
+    """Forget what sequences have published and all that continues it, as if it had been computed wrong."""
+
+    seqs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MatchPrefix:
     """Look a prompt up; the answer must be the reference's, and nothing may change."""
 
@@ -185,7 +192,9 @@ class Misuse:
     pick: int
 
 
-Operation = Open | Extend | Complete | Cancel | Decode | Append | Fork | Truncate | Release | Pin | Unpin | Purge | MatchPrefix | Misuse
+Operation = (
+    Open | Extend | Complete | Cancel | Decode | Append | Fork | Truncate | Release | Pin | Unpin | Purge | Distrust | MatchPrefix | Misuse
+)
 OPERATIONS: dict[str, type[Operation]] = {
     "open": Open,
     "extend": Extend,
@@ -199,6 +208,7 @@ OPERATIONS: dict[str, type[Operation]] = {
     "pin": Pin,
     "unpin": Unpin,
     "purge": Purge,
+    "distrust": Distrust,
     "match": MatchPrefix,
     "misuse": Misuse,
 }

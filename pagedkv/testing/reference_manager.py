@@ -6,7 +6,7 @@ the two can agree only on the *shape*: which positions share a block, how many b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pagedkv.errors import OutOfBlocksError
@@ -180,15 +180,31 @@ class ReferenceManager:
         self.epochs[name] = space[1] + 1
         for twin in self.seqs.values():
             twin.space = None if twin.space == space else twin.space
-        purged = 0
+        return self._forget(lambda key: key[0] == space)
+
+    def distrust(self, handles: list[int]) -> int:
+        """Forget all that begins with the first block of one of these, and let nobody who holds it publish; returns how many blocks."""
+        size = self.size
+        doubtful = [self._start(self.seqs[handle]) for handle in handles if self._start(self.seqs[handle])]
+        for twin in self.seqs.values():
+            twin.space = None if self._start(twin) in doubtful else twin.space
+        return self._forget(lambda key: (key[0], key[1][:size]) in doubtful)
+
+    def _start(self, twin: Twin) -> tuple[Space, tuple[int, ...]] | None:
+        """What its first block is found by, if it is."""
+        return None if twin.space is None or twin.computed < self.size else (twin.space, tuple(twin.tokens[: self.size]))
+
+    def _forget(self, is_doomed: Callable[[tuple[Space, tuple[int, ...]]], bool]) -> int:
+        """Make blocks unfindable, and free those that nobody holds."""
+        count = 0
         for group in self.groups:
-            for block in [block for block, key in group.keys.items() if key[0] == space]:
+            for block in [block for block, key in group.keys.items() if is_doomed(key)]:
                 del group.cache[group.keys.pop(block)]
-                purged += 1
+                count += 1
                 if block in group.idle:
                     del group.idle[block]
                     group.free += 1
-        return purged
+        return count
 
     def _hold(self, chains: list[list[int]]) -> None:
         for group, chain in zip(self.groups, chains, strict=True):

@@ -13,6 +13,7 @@ from pagedkv.testing.programs import (
     Cancel,
     Complete,
     Decode,
+    Distrust,
     Extend,
     Fork,
     ManagerConfig,
@@ -43,6 +44,7 @@ BETWEEN = st.one_of(
     st.builds(Pin, PICK, NAMESPACE),
     st.builds(Unpin, PICK),
     st.builds(Purge, NAMESPACE),
+    st.builds(Distrust, PICKS),
     st.builds(MatchPrefix, PROMPT),
     st.builds(Misuse, st.integers(0, 11), PICK),
 )
