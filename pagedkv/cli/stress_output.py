@@ -79,8 +79,8 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
     """Print the report, and a failure on standard error."""
     failure, report = outcome.failure, outcome.report
     if as_json:
-        violation = None if failure is None else asdict(failure)
-        print(json.dumps({"phase": outcome.phase, "violation": violation, **({} if report is None else asdict(report))}, indent=1))
+        head = {"phase": outcome.phase, "violation": failure and asdict(failure), "interrupted": outcome.interrupted}
+        print(json.dumps({**head, **({} if report is None else asdict(report))}, indent=1))
     else:
         verdict = "VIOLATED" if failure is not None else "interrupted" if outcome.interrupted else "nothing violated"
         print(f"{outcome.phase}: {verdict}; {_extent(outcome)} in {outcome.seconds:.1f} s")

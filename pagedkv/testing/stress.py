@@ -81,21 +81,20 @@ def _session(seed: int, length: int, tally: Tally, options: tuple[int | None, in
         performed = driver.num_operations
         driver.close()
     except ViolationError as error:
-        kind = error.kind
-        program = Program(config, tuple(done))
+        kind, message = error.kind, str(error)
 
         def fails(candidate: Program) -> bool:
+            nonlocal message
             try:
                 run_program(candidate, manager_factory=factory, check=check)
             except ViolationError as again:
+                message = str(again) if again.kind == kind else message
                 return again.kind == kind
             return False
 
-        error.program = shrink(program, fails, max_runs=max_shrink_runs)
-        error.add_note(
-            f"seed {seed}, operation {driver.num_operations} of the session, {tally.operations + driver.num_operations} in all; "
-            f"{len(done)} operations, {len(error.program.operations)} after shrinking"
-        )
+        error.program = shrink(Program(config, tuple(done)), fails, max_runs=max_shrink_runs)
+        error.add_note(f"seed {seed}, operation {driver.num_operations} of the session, {tally.operations + driver.num_operations} in all")
+        error.add_note(f"{len(error.program.operations)} of {len(done)} operations are enough: {message}")
         raise
     tally.operations += performed
     tally.checks += driver.num_checks

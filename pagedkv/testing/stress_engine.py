@@ -77,17 +77,19 @@ def _add(tally: Tally, lived: SimulationReport) -> None:
 def _shrink(error: ViolationError, live: Callable[[Life], SimulationReport], max_runs: int) -> None:
     if error.life is None:
         return
+    whole, message = error.life, str(error)
 
     def fails(candidate: Life) -> bool:
+        nonlocal message
         try:
             live(candidate)
         except ViolationError as again:
+            message = str(again) if again.kind == error.kind else message
             return again.kind == error.kind
         return False
 
-    before = error.life
-    error.life = shrink_life(before, fails, max_runs=max_runs)
-    error.add_note(
-        f"{len(before.requests)} requests and {len(before.turns or ())} events, "
-        f"{len(error.life.requests)} and {len(error.life.turns or ())} after shrinking"
+    error.life = shrink_life(whole, fails, max_runs=max_runs)
+    needed = (
+        f"{len(error.life.requests)} of {len(whole.requests)} requests and {len(error.life.turns or ())} of {len(whole.turns or ())} events"
     )
+    error.add_note(f"{needed} are enough: {message}")
