@@ -84,11 +84,12 @@ class LayerGroup:
     def statistics(self) -> GroupStatistics:
         """A frozen account; O(blocks)."""
         pool = self.pool
+        num_free, num_evictable = pool.num_free, pool.num_evictable
         return GroupStatistics(
             num_blocks=pool.num_usable,
-            num_free=pool.num_free,
-            num_evictable=pool.num_evictable,
-            num_in_use=pool.num_in_use,
+            num_free=num_free,
+            num_evictable=num_evictable,
+            num_in_use=pool.num_usable - num_free - num_evictable,
             num_shared=int(np.count_nonzero(pool.references > 1)),
             num_cached=len(self.cache),
             num_evicted=self.num_evicted,

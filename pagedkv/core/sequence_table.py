@@ -150,7 +150,9 @@ class SequenceTable:
         if not isinstance(seqs, np.ndarray) or seqs.dtype != np.int64 or seqs.ndim != 1:
             seqs = as_handles(seqs)
         rows: Int64Array = seqs & _ROW_MASK
-        if len(rows) and (int(rows.max()) >= len(self._handles) or not (self._handles[rows] == seqs).all() or int(seqs.min()) <= 0):
+        # A row beyond the last is taken for the last, whose handle is another. An empty row's handle is 0, which no sequence has.
+        live = (self._handles.take(rows, mode="clip") == seqs) & (seqs != 0)
+        if np.count_nonzero(live) != len(rows):
             self._refuse(seqs)
         if len(rows) > 1:
             order = np.arange(len(rows))
@@ -221,19 +223,22 @@ class SequenceTable:
         """All live rows, copied out."""
         handles, known, held = self._handles.tolist(), self.num_tokens.tolist(), self.num_blocks.tolist()
         reserved, computed, published = self.num_reserved.tolist(), self.num_computed.tolist(), self.num_published.tolist()
+        tokens, tables, size = self.token_ids, self.block_tables, self._block_size
         return tuple(
-            SequenceSnapshot(
-                seq=handle,
-                num_tokens=known[row],
-                num_reserved_tokens=reserved[row],
-                num_computed_tokens=computed[row],
-                num_published_blocks=published[row],
-                token_ids=tuple(self.token_ids[row, : known[row]].tolist()),
-                block_tables=tuple(tuple(ids[row, : held[row]].tolist()) for ids in self.block_tables),
-                block_size=self._block_size,
-            )
-            for row, handle in enumerate(handles)
-            if handle
+            [
+                SequenceSnapshot(
+                    seq=handle,
+                    num_tokens=known[row],
+                    num_reserved_tokens=reserved[row],
+                    num_computed_tokens=computed[row],
+                    num_published_blocks=published[row],
+                    token_ids=tuple(tokens[row, : known[row]].tolist()),
+                    block_tables=tuple([tuple(ids.tolist()) for ids in tables[:, row, : held[row]]]),
+                    block_size=size,
+                )
+                for row, handle in enumerate(handles)
+                if handle
+            ]
         )
 
     def _lay_out(self, block_tables: Int32Array, token_ids: Int32Array) -> None:

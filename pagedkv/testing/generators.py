@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import accumulate
 
 from pagedkv.testing.manager_driver import ManagerDriver
 from pagedkv.testing.programs import (
@@ -77,7 +78,7 @@ class OperationGenerator:
         self._rng = rng
         self._config = config
         self._kinds = list(_WEIGHTS)
-        self._weights = [weight * rng.choice([0.2, 1, 1, 3]) for weight in _WEIGHTS.values()]
+        self._cum_weights = list(accumulate(weight * rng.choice([0.2, 1, 1, 3]) for weight in _WEIGHTS.values()))
         self._twins: list[Twin] = []
         self._num_refusals = 0
         self._decodes_left, self._joining = 0, True
@@ -99,7 +100,7 @@ class OperationGenerator:
                 return self._make("append")
             if rng.random() < 0.7:
                 return Decode(self._tokens(0.03), self._joining)
-        return self._make(rng.choices(self._kinds, self._weights)[0])
+        return self._make(rng.choices(self._kinds, cum_weights=self._cum_weights)[0])
 
     def _make(self, kind: str) -> Operation:
         rng = self._rng
