@@ -1,6 +1,6 @@
-"""A manager whose pools refuse blocks that they have: every extension fails once before it works, and must have changed nothing.
+"""A manager whose pools say, one after the other before every extension, that they have no blocks: it must be refused and change nothing.
 
-Owns no bookkeeping. Only the first allocation of an extension fails, the one before which nothing was changed yet.
+Owns no bookkeeping.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from pagedkv.core import Allocation, BlockPool, Extension, KVCacheManager
+from pagedkv.errors import OutOfBlocksError
 from pagedkv.plan import Int32Array, Int64Array
 from pagedkv.testing.violations import ViolationError
 
 
 class _FailingPool(BlockPool):
-    """A pool whose next allocation can be made to fail."""
+    """A pool that has nothing to give while it fails."""
 
     failing = False
 
+    @property
+    def num_available(self) -> int:
+        return 0 if self.failing else super().num_available
+
     def take(self, count: int) -> Allocation:
         if count and self.failing:
-            raise MemoryError("simulated: no block could be allocated")
+            raise OutOfBlocksError(needed=count, available=0)
         return super().take(count)
 
 
@@ -28,7 +33,7 @@ class FailingAllocations(KVCacheManager):
     """A ``KVCacheManager`` for ``stress_manager(manager_factory=FailingAllocations)``, with the default eviction policy.
 
     Attributes:
-        num_faults: extensions that were made to fail.
+        num_faults: refusals of extensions that worked afterwards; those that blocks were really lacking for do not count.
     """
 
     def __init__(self, **sizes: Any) -> None:
@@ -39,23 +44,25 @@ class FailingAllocations(KVCacheManager):
             group.pool = pool
 
     def extend(self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array) -> Extension:
-        """As ``KVCacheManager.extend``, behind a failure where it takes blocks.
+        """As ``KVCacheManager.extend``, behind a refusal for each pool that it takes blocks from.
 
         Raises:
-            ViolationError: ``"fault"``: the failure left traces.
+            ViolationError: ``"fault"``: a refusal left traces.
         """
-        before = self.snapshot()
-        try:
-            self._let_fail(True)
-            return super().extend(seqs, num_new_tokens)
-        except MemoryError as error:
-            self.num_faults += 1
-            if self.snapshot() != before:
-                raise ViolationError("fault", f"an extension that failed left traces: {error}") from error
-        finally:
-            self._let_fail(False)
-        return super().extend(seqs, num_new_tokens)
-
-    def _let_fail(self, failing: bool) -> None:
+        before, num_refusals = self.snapshot(), 0
         for pool in self._pools:
-            pool.failing = failing
+            pool.failing = True
+            try:
+                extension = super().extend(seqs, num_new_tokens)
+                break
+            except OutOfBlocksError as error:
+                refusal = error
+            finally:
+                pool.failing = False
+            num_refusals += 1
+            if self.snapshot() != before:
+                raise ViolationError("fault", f"an extension that was refused left traces: {refusal}") from refusal
+        else:
+            extension = super().extend(seqs, num_new_tokens)
+        self.num_faults += num_refusals
+        return extension

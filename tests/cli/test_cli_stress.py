@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from pagedkv.cli import main
-from pagedkv.core import Allocation, BlockPool, KVCacheManager
+from pagedkv.core import KVCacheManager
+from pagedkv.core.reservations import Reservations
 from pagedkv.engine import Engine
-from pagedkv.errors import InvariantError
-from pagedkv.testing.allocation_faults import _FailingPool
+from pagedkv.errors import InvariantError, OutOfBlocksError
 from pagedkv.testing.lives import Life
 from pagedkv.testing.programs import load_program
 
@@ -108,15 +108,16 @@ def test_stress_manager_with_faults_lets_allocations_fail(capsys: pytest.Capture
     assert main(["stress", "--ops", "300", "--faults", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["faults"] > 10
 
-    right = BlockPool.take
+    right = Reservations.check_available
 
-    def take(pool: BlockPool, count: int) -> Allocation:
-        taken = right(pool, count)
-        if getattr(pool, "failing", False) and count:
-            raise MemoryError("too late")
-        return taken
+    def check_and_count(reservations: Reservations, needed: list[int]) -> None:
+        try:
+            right(reservations, needed)
+        except OutOfBlocksError:
+            reservations.num_copies += 1
+            raise
 
-    monkeypatch.setattr(_FailingPool, "take", take)
+    monkeypatch.setattr(Reservations, "check_available", check_and_count)
     assert main(["stress", "--ops", "300", "--faults", "--json"]) == 1
     violation = json.loads(capsys.readouterr().out)["violation"]
     assert violation["kind"] == "fault"
