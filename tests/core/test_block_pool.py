@@ -185,7 +185,7 @@ def test_release_shared_ancestor_follows_both_tails_into_the_order_of_eviction()
 
 def test_mark_cached_unheld_block_is_refused() -> None:
     pool = BlockPool(4)
-    with pytest.raises(InvariantError, match="held block"):
+    with pytest.raises(InvariantError, match=r"^only a held block that is not cached yet can be published$"):
         pool.mark_cached(ids(1))
 
 
@@ -193,7 +193,7 @@ def test_mark_cached_twice_is_refused() -> None:
     pool = BlockPool(4)
     pool.take(1)
     pool.mark_cached(ids(1))
-    with pytest.raises(InvariantError, match="not cached yet"):
+    with pytest.raises(InvariantError, match=r"^only a held block that is not cached yet can be published$"):
         pool.mark_cached(ids(1))
     assert pool.is_shared(ids(1)).tolist() == [True]
 

@@ -155,6 +155,20 @@ def test_cohort_cancelled_forked_or_purged_between_steps_is_looked_up_anew() -> 
     assert twins.managers[0].match([1, 2, 3, 4, 5]).num_tokens == 0
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2], [4, 5]], [[1, 2, 3], [4, 5, 6, 7]]], ids=["alike", "of different lengths"])
+def test_frozen_handles_of_sequences_that_know_tokens_ahead_keep_them(prompts: list[list[int]]) -> None:
+    manager = KVCacheManager(num_blocks=9, block_size=4, max_num_seqs=2)
+    seqs = manager.open(prompts).seqs
+    seqs.flags.writeable = False
+    for number in range(1, 4):
+        manager.rows_of(seqs)
+        assert manager.extend(seqs, 1).seq_lens.tolist() == [number, number]
+        manager.complete(seqs, [8, 9])
+        manager.check()
+    expected = [(*prompt, *[token] * 3) for prompt, token in zip(prompts, (8, 9), strict=True)]
+    assert [each.token_ids for each in manager.snapshot().sequences] == expected
+
+
 def test_extension_of_a_cohort_stays_as_it_was_given() -> None:
     twins = Twins()
     twins.steps(2, 3, 4, 5, 6)

@@ -83,7 +83,7 @@ def test_accounts_sum_to_the_pool() -> None:
 def test_check_pool_and_cache_that_disagree_in_number_are_named() -> None:
     group = LayerGroup(4, block_size=2)
     group.pool.mark_cached(group.take(1))
-    with pytest.raises(InvariantError, match="disagree on how many blocks are cached"):
+    with pytest.raises(InvariantError, match=r"^layer group: the pool and the prefix cache disagree on how many blocks are cached$"):
         group.check()
 
 
@@ -92,5 +92,5 @@ def test_check_pool_and_cache_that_name_other_blocks_are_named() -> None:
     blocks = group.take(2)
     group.pool.mark_cached(blocks[:1])
     group.cache.publish_chain(ROOT, np.array([[1, 1]], dtype=np.int32), blocks[1:], ROOT)
-    with pytest.raises(InvariantError, match="a findable block is not marked as cached"):
+    with pytest.raises(InvariantError, match=r"^layer group: a findable block is not marked as cached$"):
         group.check()

@@ -120,7 +120,7 @@ def test_check_damaged_table_is_named(damage: Damage, message: str) -> None:
     manager.release([manager.snapshot().sequences[3].seq])
     manager.check()
     damage(manager.table)
-    with pytest.raises(InvariantError, match=f"manager: {message}"):
+    with pytest.raises(InvariantError, match=f"^manager: {message}"):
         manager.check()
 
 
@@ -128,7 +128,7 @@ def test_check_lost_row_is_named() -> None:
     manager = make_manager()
     start(manager, [1])
     manager.table._free.pop()
-    with pytest.raises(InvariantError, match="free rows and live rows do not sum to all rows"):
+    with pytest.raises(InvariantError, match=r"^manager: free rows and live rows do not sum to all rows$"):
         manager.check()
 
 

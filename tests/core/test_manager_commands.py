@@ -80,8 +80,8 @@ def test_open_accepts_arrays_of_any_integer_type() -> None:
 @pytest.mark.parametrize(
     ("prompts", "namespaces", "message"),
     [
-        ([[]], None, "a prompt is empty"),
-        ([[1], []], None, "a prompt is empty"),
+        ([[]], None, "^a prompt is empty: it needs at least one token$"),
+        ([[1], []], None, "^a prompt is empty: it needs at least one token$"),
         ([[0] * 65], None, "a prompt has 65 tokens, max_seq_len is 64"),
         ([[-1]], None, "from 0 to 2\\*\\*31 - 1, got -1"),
         ([[2**31]], None, "got 2147483648"),

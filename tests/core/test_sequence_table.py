@@ -62,6 +62,20 @@ def test_rows_of_forged_handle_is_refused(forged: int) -> None:
         table.rows_of(np.array([handles[0], forged], dtype=np.int64))
 
 
+@pytest.mark.parametrize("forged", [0, 1, (1 << 32) + 1, (7 << 32) + 99])
+def test_rows_of_forged_handle_in_a_table_of_one_row_is_refused(forged: int) -> None:
+    with pytest.raises(UnknownHandleError, match=f"handle {forged} was never issued"):
+        make_table(1).rows_of(np.array([forged], dtype=np.int64))
+
+
+def test_rows_of_handle_zero_is_named_though_row_zero_is_empty() -> None:
+    table = make_table()
+    rows, handles = table.open_rows(2)
+    table.close_rows(rows[:1])
+    with pytest.raises(UnknownHandleError, match="handle 0 was never issued"):
+        table.rows_of(np.array([handles[1], 0], dtype=np.int64))
+
+
 def test_rows_of_empty_rows_current_generation_is_unknown_not_stale() -> None:
     table = make_table()
     rows, handles = table.open_rows(1)
@@ -73,7 +87,7 @@ def test_rows_of_empty_rows_current_generation_is_unknown_not_stale() -> None:
 def test_rows_of_handle_given_twice_is_refused() -> None:
     table = make_table()
     _, handles = table.open_rows(2)
-    with pytest.raises(InvalidRequestError, match="given twice"):
+    with pytest.raises(InvalidRequestError, match=r"^a sequence is given twice in one call$"):
         table.rows_of(handles[[0, 1, 0]])
 
 

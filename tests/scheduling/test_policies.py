@@ -135,6 +135,18 @@ def test_queue_deferred_branch_that_was_removed_does_not_come_back() -> None:
     assert (len(queue), queue.next(nothing_cached)) == (0, None)
 
 
+def test_queue_deferred_branches_come_back_though_one_before_them_was_removed() -> None:
+    queue = WaitingQueue(FirstComeFirstServed())
+    gone, *others = branches(("a", 0, 0), ("b", 1, 0), ("c", 2, 0))
+    for branch in (gone, *others):
+        queue.push(branch)
+        queue.defer(branch, 3, 8)
+    queue.remove(gone)
+    gone.move(Status.FINISHED)
+    queue.wake(3, 8)
+    assert (names(queue), len(queue), queue.deferred_rows) == (["b", "c"], 2, [])
+
+
 def test_index_finds_by_namespace_and_first_block_only_what_still_prefills() -> None:
     prefilling: set[Branch] = set()
     index = PrefixesInFlight(4, prefilling.__contains__)

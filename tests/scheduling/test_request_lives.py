@@ -23,7 +23,7 @@ def test_plan_while_one_is_outstanding_is_refused() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "a", 3)
     plan = plan_of(scheduler)
-    with pytest.raises(InvariantError, match="the last plan is outstanding"):
+    with pytest.raises(InvariantError, match=r"^the last plan is outstanding: complete or undo it first$"):
         scheduler.plan()
     complete(scheduler, plan)
 
@@ -35,10 +35,10 @@ def test_plan_that_is_not_outstanding_is_refused(command: str) -> None:
         submit(each, "a", 3)
     plan, foreign = plan_of(scheduler), plan_of(other)
     arguments = ([7],) if command == "complete" else ()
-    with pytest.raises(InvalidRequestError, match="not the outstanding one"):
+    with pytest.raises(InvalidRequestError, match=r"^this plan is not the outstanding one: each plan is completed or undone exactly once$"):
         getattr(scheduler, command)(foreign, *arguments)
     getattr(scheduler, command)(plan, *arguments)
-    with pytest.raises(InvalidRequestError, match="not the outstanding one"):
+    with pytest.raises(InvalidRequestError, match=r"^this plan is not the outstanding one: each plan is completed or undone exactly once$"):
         getattr(scheduler, command)(plan, *arguments)
     run(scheduler)
 
@@ -228,7 +228,7 @@ def test_finish_during_a_step_is_refused() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "a", 3)
     plan = plan_of(scheduler)
-    with pytest.raises(InvariantError, match="a plan is outstanding"):
+    with pytest.raises(InvariantError, match=r"^a branch cannot be ended while a plan is outstanding: complete or undo it first$"):
         scheduler.finish("a", 0, "stop")
     complete(scheduler, plan)
 
