@@ -48,11 +48,10 @@ class Judge:
         self._manager, self._reference, self._tokens = manager, reference, tokens
         self._check, self._oracles = check, frozenset(oracles)
         self._seen: Snapshot | None = None  # how the last operation left the manager, if it was looked at
-        self._is_current = False  # whether the operation that is under way has left it so, too
 
     def look(self) -> Snapshot:
-        """Read the manager, because a command has changed it."""
-        self._seen, self._is_current = self._manager.snapshot(), True
+        """Read the manager, because a command may have changed it."""
+        self._seen = self._manager.snapshot()
         return self._seen
 
     def expect(self, error: type[PagedKVError], command: Callable[[], object]) -> PagedKVError:
@@ -103,8 +102,7 @@ class Judge:
         oracles, manager, reference = self._oracles, self._manager, self._reference
         if "audit" in oracles:
             manager.check()
-        snapshot = self._seen if self._seen is not None and self._is_current else self.look()
-        self._is_current = False
+        snapshot = self.look()
         pairs = pair(snapshot, reference)
         if "tokens" in oracles:
             if waiting is None:  # else a block of an aborted sequence is still to be written by the step
