@@ -27,6 +27,8 @@ class GuardedKVCacheManager(KVCacheManager):
     as it was found, for ``snapshot``: nothing is undone.
     """
 
+    _is_guarded = True
+
     @cached_property
     def _guard(self) -> LawGuard | AuditGuard:
         kind = AuditGuard if self.check_level == "audit" else LawGuard

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -76,6 +76,8 @@ class KVCacheManager:
         4
     """
 
+    _is_guarded: ClassVar[bool] = False
+
     def __new__(cls, *args: object, check: CheckLevel = "off", **options: object) -> Self:
         """The guarded form of the class where checks are wanted: where they are not, no command knows of them."""
         if parse_check_level(check) == "off":
@@ -107,6 +109,10 @@ class KVCacheManager:
         capacity = (max(sizes) - 1) * block_size
         limit = capacity if max_seq_len is None else min(max_seq_len, capacity)
         self._block_size = block_size
+        if (check != "off") is not self._is_guarded:
+            raise ConfigError(
+                f"check is {check!r} in {type(self).__name__}(), whose caller did not choose it: check is the caller's argument"
+            )
         self._check_level = check
         self._caching = enable_prefix_caching
         self._max_seq_len = limit

@@ -72,6 +72,17 @@ def test_check_derived_class_is_guarded_as_it_is() -> None:
     assert type(type(manager)(num_blocks=9, block_size=4, check="step")) is type(manager)
 
 
+def test_check_that_the_class_itself_does_not_see_is_refused() -> None:
+    class Secretive(KVCacheManager):
+        def __init__(self, num_blocks: int) -> None:
+            super().__init__(num_blocks=num_blocks, check="audit")
+
+    with pytest.raises(ConfigError, match=r"check is 'audit' in Secretive\(\), whose caller did not choose it"):
+        Secretive(9)
+    with pytest.raises(ConfigError, match=r"check is 'off' in GuardedKVCacheManager\(\)"):
+        GuardedKVCacheManager(num_blocks=9)
+
+
 # Healthy runs.
 
 
