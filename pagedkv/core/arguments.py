@@ -25,7 +25,7 @@ def as_handles(seqs: object) -> Int64Array:
 def as_tokens(token_ids: object) -> Int32Array:
     """``[n]`` int32 token ids from 0."""
     wide = integers("token ids", token_ids)
-    if len(wide) and not (int(wide.min()) >= 0 and int(wide.max()) < 2**31):
+    if not _within(wide, 0):
         raise InvalidRequestError(f"token ids must be from 0 to 2**31 - 1, got {int(wide.min())} to {int(wide.max())}")
     return wide.astype(np.int32)
 
@@ -37,7 +37,7 @@ def as_counts(values: object, length: int, what: str) -> Int32Array:
     counts = integers(what, values)
     if len(counts) != length:
         raise InvalidRequestError(f"{what}: expected {length} integers, one for each sequence, got {len(counts)}")
-    if length and not (int(counts.min()) >= -(2**31) and int(counts.max()) < 2**31):
+    if not _within(counts, -(2**31)):
         raise InvalidRequestError(f"{what}: expected 32-bit integers, got {int(counts.min())} to {int(counts.max())}")
     return counts.astype(np.int32)
 
@@ -47,7 +47,7 @@ def as_block_ids(block_ids: object) -> Int32Array:
     if isinstance(block_ids, np.ndarray) and block_ids.dtype == _INT32 and block_ids.ndim == 1:
         return block_ids
     wide = integers("block ids", block_ids)
-    if len(wide) and not (int(wide.min()) >= -(2**31) and int(wide.max()) < 2**31):
+    if not _within(wide, -(2**31)):
         raise InvalidRequestError(f"block ids must be 32-bit integers, got {int(wide.min())} to {int(wide.max())}")
     return wide.astype(np.int32)
 
@@ -73,3 +73,8 @@ def as_prompts(prompts: object, namespaces: Sequence[str] | None) -> tuple[list[
     if len(names) != len(tokens):
         raise InvalidRequestError(f"{len(names)} namespaces were given for {len(tokens)} prompts")
     return tokens, names
+
+
+def _within(numbers: Int64Array, least: int) -> bool:
+    """Whether all of them are from ``least`` to below 2**31; by their places, since numpy finds those in a fraction of the time of the values."""
+    return not len(numbers) or (numbers.item(numbers.argmin()) >= least and numbers.item(numbers.argmax()) < 2**31)
