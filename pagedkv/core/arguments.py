@@ -76,5 +76,5 @@ def as_prompts(prompts: object, namespaces: Sequence[str] | None) -> tuple[list[
 
 
 def _within(numbers: Int64Array, least: int) -> bool:
-    """Whether all of them are from ``least`` to below 2**31; by their places, since numpy finds those in a fraction of the time of the values."""
+    """Whether all of them are from ``least`` to below 2**31; by their places: numpy finds those sooner than the values."""
     return not len(numbers) or (numbers.item(numbers.argmin()) >= least and numbers.item(numbers.argmax()) < 2**31)
