@@ -67,6 +67,8 @@ class LLM:
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
         pack_linears: whether linear layers on the CPU run with repacked copies of their weights, which take memory beside the model's own;
             ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
+        fuse: whether norms, gates of MLPs and rotations on the CPU run as one native operation each where that is proven to compute the
+            same. See ``ModelRunner`` and ``runner.fusion``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
         check: how closely blocks, tables and queues are watched: ``"off"``; ``"step"``, conservation laws; ``"audit"``, everything after
@@ -94,6 +96,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         attention_backend: str | AttentionBackend = "auto",
         pack_linears: bool | Literal["auto"] = "auto",
+        fuse: bool | Literal["auto"] = "auto",
         scheduling_policy: str | SchedulingPolicy = "fcfs",
         seed: int = 0,
         check: CheckLevel = "off",
@@ -120,7 +123,7 @@ class LLM:
         self._memory_share = memory_share
         loaded = load_model(model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(tokenizer, model=model)
-        self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears)
+        self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse)
         self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
         if kv_cache_memory_bytes is not None:
             num_blocks = blocks_in_memory(kv_cache_memory_bytes, self._nbytes_per_block, setting="kv_cache_memory_bytes")

@@ -79,7 +79,7 @@ def _linear_layers(dtype: torch.dtype) -> Finding:
 
 def _model(options: argparse.Namespace) -> list[Finding]:
     runner = ModelRunner(load_model(options.model, dtype=options.dtype), block_size=options.block_size)
-    report, packing = runner.report, runner.packing
+    report, packing, fusion = runner.report, runner.packing, runner.fusion
     plan = plan_memory(runner.model, block_size=options.block_size)
     kinds: dict[str, int] = {}
     for layer in runner.layers:
@@ -105,6 +105,11 @@ def _model(options: argparse.Namespace) -> list[Finding]:
             "packed linear layers",
             f"{len(packing.packed)}, {packing.nbytes:,} bytes beside the model's own weights",
             (packing.reason,) if packing.reason else (),
+        ),
+        Finding(
+            "fused parts",
+            f"{len(fusion.modules)} norms and MLPs, the rotation of {', '.join(fusion.rotations) or 'no modeling file'}",
+            (fusion.reason,) if fusion.reason else (),
         ),
     ]
     runner.close()

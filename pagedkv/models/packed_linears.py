@@ -169,7 +169,7 @@ class PackedLinears:
         """
         swapped = []
         try:
-            if not torch.is_autocast_enabled("cpu") and not _has_global_hooks():
+            if not torch.is_autocast_enabled("cpu") and not has_global_hooks():
                 for entry in self._stand_ins:
                     modules, name, linear, stand_in = entry
                     if modules.get(name) is linear and _is_plain(linear):
@@ -228,7 +228,7 @@ def _is_plain(linear: nn.Linear) -> bool:
     return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
     """Whether hooks on all modules of the process are set: they are told which module they serve, and may know only the model's own."""
     module = torch.nn.modules.module
     return bool(module._global_forward_hooks or module._global_forward_pre_hooks)

@@ -22,6 +22,7 @@ from pagedkv.models.call import PackedCall
 from pagedkv.models.compiled import OutsideOfGraphs, is_compiled
 from pagedkv.models.context import activate
 from pagedkv.models.facade import CacheFacade
+from pagedkv.models.fusion import Fusion, FusionReport
 from pagedkv.models.limits import eos_token_ids, max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers
 from pagedkv.models.packed_linears import PackedLinears, PackingReport
@@ -54,11 +55,13 @@ class ModelRunner:
             packed again by the next one. Seen are other parameters or storages and all changes that torch counts; of changes
             in place through ``weight.data``, which it does not count, those that touch one of 16 numbers of the layer, as
             merging an adapter does: to write to a few rows, use ``torch.no_grad()`` instead.
+        fuse: whether norms, gates of MLPs and rotations run as one native operation each, on the CPU only, where a trial shows
+            that they compute just that. ``"auto"`` and True: all that do, but True refuses a model without any. False: none.
 
     Raises:
         UnsupportedModelError: the model cannot be run exactly; says why.
         UnsupportedBackendError: unknown, or gives its reason against one of the model's layers.
-        ConfigError: the block size is below 1, or ``pack_linears`` is True and cannot be done.
+        ConfigError: the block size is below 1, or ``pack_linears`` or ``fuse`` is True and cannot be done.
 
     Attributes:
         layers: geometry of each layer that stores K/V.
@@ -80,6 +83,7 @@ class ModelRunner:
         backend: str | AttentionBackend = "auto",
         block_size: int = 16,
         pack_linears: bool | Literal["auto"] = "auto",
+        fuse: bool | Literal["auto"] = "auto",
     ) -> None:
         integer("block_size", block_size, least=1, most=2**31 - 1)
         self._model = check_model(model)
@@ -87,6 +91,7 @@ class ModelRunner:
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
         self._call = PackedCall(model)
         self._linears = PackedLinears(model, pack_linears)
+        self._fusion = Fusion(model, fuse)
         with self._linears.recording():
             shape = probe_model(model, self._call)
         specs = [replace(request, block_size=block_size) for request in shape.requests]
@@ -109,7 +114,7 @@ class ModelRunner:
         self.max_positions = max_positions(model.config)
         self.eos_token_ids = eos_token_ids(model)
         self._linears.pack()
-        self.report: SelfCheck = self._self_check(shape, may_unpack=pack_linears == "auto")
+        self.report: SelfCheck = self._self_check(shape, may_unpack=pack_linears == "auto", may_unfuse=fuse == "auto")
 
     @property
     def backend_name(self) -> str:
@@ -120,6 +125,11 @@ class ModelRunner:
     def packing(self) -> PackingReport:
         """Which linear layers run with repacked weights, which do not and why, and what the copies take."""
         return self._linears.report
+
+    @property
+    def fusion(self) -> FusionReport:
+        """Which norms, MLPs and rotations run as one native operation each."""
+        return self._fusion.report
 
     @property
     def model(self) -> PreTrainedModel:
@@ -163,7 +173,7 @@ class ModelRunner:
             options=self._options,
             num_tokens=batch.plan.num_tokens,
         )
-        with pointed_at_us(self._configs), self._linears.in_place(), activate(step):
+        with pointed_at_us(self._configs), self._linears.in_place(), self._fusion.in_place(), activate(step):
             logits = self._call(batch.token_ids, batch.positions, cache=CacheFacade(step), logits_indices=batch.logits_indices)
         if not step.complete:
             raise UnsupportedModelError(
@@ -177,15 +187,17 @@ class ModelRunner:
         self._closed = True
         self._linears.unpack("the model runner is closed")
 
-    def _self_check(self, shape: ModelShape, *, may_unpack: bool) -> SelfCheck:
-        try:
-            return self_check(self, self._call, shape)
-        except Exception as error:
-            # Whatever it was (wrong logits, a view that a part of a merged product does not allow): if it is due to the
-            # packed layers, the model passes without them, and if not, it fails again.
-            if not may_unpack or not self._linears.unpack(f"the self-check failed with it: {error}"):
-                raise
-        return self_check(self, self._call, shape)
+    def _self_check(self, shape: ModelShape, *, may_unpack: bool, may_unfuse: bool) -> SelfCheck:
+        # Whatever goes wrong (logits, a view that a part of a merged product does not allow): if it is due to what stands in for
+        # the model's modules, the model passes without, and if not, it fails again.
+        ways_out = iter([give_up for may, give_up in ((may_unfuse, self._fusion.give_up), (may_unpack, self._linears.unpack)) if may])
+        while True:
+            try:
+                return self_check(self, self._call, shape)
+            except Exception as error:
+                reason = f"the self-check failed with it: {error}"
+                if not any(give_up(reason) for give_up in ways_out):  # tried up to the first that had something to give up
+                    raise
 
     def _check_open(self) -> None:
         if self._closed:

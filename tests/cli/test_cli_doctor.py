@@ -36,6 +36,7 @@ def test_doctor_model_shows_the_self_check(capsys: pytest.CaptureFixture[str], t
     assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "passed" in found["self-check"]["found"]
+    assert "norms and MLPs" in found["fused parts"]["found"]
     assert "bytes a token" in found["K/V"]["found"]
 
 

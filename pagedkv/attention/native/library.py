@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-_ABI = 1
+_ABI = 2
 
 
 class StepStruct(ctypes.Structure):
@@ -42,6 +42,18 @@ class RowsStruct(ctypes.Structure):
         ("value_pool_stride", ctypes.c_int64 * 3),
         ("num_tokens", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_kv_heads", "key_nbytes", "value_nbytes", "item_nbytes")),
+    )
+
+
+class LayerStruct(ctypes.Structure):
+    """``Layer`` of layers.h: one norm, gate or rotation of some rows."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "weight", "out")),
+        *((name, ctypes.c_int64 * 2) for name in ("x_stride", "y_stride", "out_stride")),
+        ("num_rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_heads", "width", "dtype", "form")),
+        ("epsilon", ctypes.c_float),
     )
 
 
@@ -148,12 +160,17 @@ def _unusable(build: Build, flags: frozenset[str], machine: str) -> str | None:
 def _open(path: Path) -> ctypes.CDLL | str:
     try:
         functions = ctypes.CDLL(str(path))
-        for name in ("pagedkv_abi", "pagedkv_lanes", "pagedkv_step_nbytes", "pagedkv_rows_nbytes"):
+        for name in ("pagedkv_abi", "pagedkv_lanes", "pagedkv_step_nbytes", "pagedkv_rows_nbytes", "pagedkv_layer_nbytes"):
             getattr(functions, name).restype = ctypes.c_int32
-        sizes = (functions.pagedkv_abi(), functions.pagedkv_step_nbytes(), functions.pagedkv_rows_nbytes())
+        sizes = (
+            functions.pagedkv_abi(),
+            functions.pagedkv_step_nbytes(),
+            functions.pagedkv_rows_nbytes(),
+            functions.pagedkv_layer_nbytes(),
+        )
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, reinstall pagedkv: {error}"
-    if sizes != (_ABI, ctypes.sizeof(StepStruct), ctypes.sizeof(RowsStruct)):
+    if sizes != (_ABI, ctypes.sizeof(StepStruct), ctypes.sizeof(RowsStruct), ctypes.sizeof(LayerStruct)):
         return "was built for another version: reinstall pagedkv"
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     functions.pagedkv_plan.argtypes = (pointer, pointer, pointer, pointer)
@@ -164,4 +181,7 @@ def _open(path: Path) -> ctypes.CDLL | str:
     functions.pagedkv_attend.restype = number
     functions.pagedkv_write.argtypes = (pointer,)
     functions.pagedkv_write.restype = None
+    for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate"):
+        getattr(functions, name).argtypes = (pointer, number)
+        getattr(functions, name).restype = number
     return functions

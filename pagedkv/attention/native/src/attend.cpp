@@ -2,6 +2,7 @@
 #include <atomic>
 #include <new>
 
+#include "layers.h"
 #include "work.h"
 
 #if defined(_OPENMP)
@@ -10,7 +11,8 @@
 
 namespace {
 
-constexpr int64_t SERIAL_COST = 20000;  // below so much work, waking other threads costs more than it gives
+constexpr int64_t SERIAL_COST = 20000;      // below so much work, waking other threads costs more than it gives
+constexpr int64_t SERIAL_ELEMENTS = 30000;  // the same, of operations on rows
 
 template <class T>
 void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_rows, Sums sums) {
@@ -104,15 +106,37 @@ struct Rows {
   int32_t num_kv_heads, key_nbytes, value_nbytes, item_nbytes;
 };
 
+INLINE void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), int num_threads) {
+  if (layer.num_rows * layer.num_heads * layer.width < SERIAL_ELEMENTS) num_threads = 1;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t r = 0; r < layer.num_rows; r++) row(layer, r);
+}
+
 }  // namespace
+
+// One entry point per operation: 0, or 1 for a dtype that this build does not know.
+#define LAYER_ENTRY(name, row)                                                 \
+  int32_t name(const Layer* layer, int32_t num_threads) {                      \
+    switch (layer->dtype) {                                                    \
+      case FLOAT32: run_layer(*layer, row<float>, num_threads); return 0;      \
+      case BFLOAT16: run_layer(*layer, row<bfloat16>, num_threads); return 0;  \
+      case FLOAT16: run_layer(*layer, row<float16>, num_threads); return 0;    \
+    }                                                                          \
+    return 1;                                                                  \
+  }
 
 extern "C" {
 
 // Changes whenever a struct or a function here does: a library that is left over from another version is not used.
-int32_t pagedkv_abi() { return 1; }
+int32_t pagedkv_abi() { return 2; }
 int32_t pagedkv_lanes() { return LANES; }
 int32_t pagedkv_step_nbytes() { return sizeof(Step); }
 int32_t pagedkv_rows_nbytes() { return sizeof(Rows); }
+int32_t pagedkv_layer_nbytes() { return sizeof(Layer); }
+
+LAYER_ENTRY(pagedkv_norm, norm_row)
+LAYER_ENTRY(pagedkv_gate, gate_row)
+LAYER_ENTRY(pagedkv_rotate, rotate_row)
 
 // Counts into ``counts``: items, merges, partial sums, rows of a partial sum; fills ``items`` and ``merges`` where they are given.
 void pagedkv_plan(const Step* step, Item* items, Merge* merges, int64_t* counts) {

@@ -77,10 +77,22 @@ INLINE Floats load(const float16* p) {
 
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
+// The upper halves are v in bfloat16: to nearest, ties to even; a NaN stays one.
+INLINE Words nearest_bfloat16(Floats v) {
+  const Words u = (Words)v, nan = (Words)(v != v);
+  return (nan & 0x7fc00000u) | (~nan & (u + 0x7fff + ((u >> 16) & 1)));
+}
+
 INLINE void store(bfloat16* p, Floats v) {
-  Words u = (Words)v, nan = (Words)(v != v);
-  u = (nan & 0x7fc00000u) | (~nan & (u + 0x7fff + ((u >> 16) & 1)));  // to nearest, ties to even; a NaN stays one
-  Halves h = __builtin_convertvector(u >> 16, Halves);
+  const Words upper = nearest_bfloat16(v) >> 16;
+#if defined(__AVX512F__) && LANES == 16  // what compilers make of the conversion below takes three times as long
+  const __m256i h = _mm512_cvtepi32_epi16((__m512i)upper);
+#elif defined(__AVX2__) && LANES == 8
+  const __m256i twice = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)upper, (__m256i)upper), 0x08);
+  const __m128i h = _mm256_castsi256_si128(twice);
+#else
+  const Halves h = __builtin_convertvector(upper, Halves);
+#endif
   memcpy(p, &h, sizeof h);
 }
 

@@ -1,0 +1,253 @@
+"""Norms and gated MLPs that run as one native operation each, in a model's place of its own modules for the length of a step.
+
+Owns the proof that a module computes what the operation does, the stand-ins, and their coming and going. It knows no model by name: a
+module is copied without its weights, the copy is given small random ones, and what it then makes of random rows is compared in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pagedkv.attention.native.operations import DTYPES, GATE_FORMS, NORM_FORMS, Operations, evenly_spaced
+from pagedkv.models.context import active_step
+
+_SEED = 20260103
+_BOUND = 1e-5  # of a difference in float32, relative to the largest result: orders of addition differ
+_WIDTH, _INNER = 8, 12  # of the small weights
+_NOT_PLAIN = ("_forward_hooks", "_forward_pre_hooks", "_buffers")
+
+Compute = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fused:
+    """A module that an operation can stand in for.
+
+    Attributes:
+        name: its dotted name.
+        module: the module.
+        places: the modules of a parent, and its name among them; more than one where parents share it.
+        stand_in: what takes the places during a step.
+        still: whether the module is what it was when it was looked at.
+    """
+
+    name: str
+    module: nn.Module
+    places: list[tuple[dict[str, nn.Module | None], str]]
+    stand_in: nn.Module
+    still: Callable[[], bool]
+
+
+def find_fusable(model: nn.Module, operations: Operations) -> list[Fused]:
+    """The norms and gated MLPs of a model, each proven. Nothing of the model is changed, and no generator of the user drawn from.
+
+    Cost: some hundred microseconds per module.
+    """
+    found: dict[int, Fused | None] = {}
+    for parent_name, parent in model.named_modules():
+        for name, module in parent._modules.items():
+            if module is None:
+                continue
+            if id(module) not in found:
+                found[id(module)] = _looked_at(f"{parent_name}.{name}".removeprefix("."), module, operations)
+            entry = found[id(module)]
+            if entry is not None:
+                entry.places.append((parent._modules, name))
+    return [entry for entry in found.values() if entry is not None]
+
+
+@contextmanager
+def in_place(entries: list[Fused]) -> Iterator[None]:
+    """Put the stand-ins where their modules are for a ``with`` block, and the modules back whatever happens.
+
+    A module that was replaced, or has hooks by now (they are told which module they serve), stays. Steps of one model must not overlap.
+    """
+    swapped = []
+    try:
+        for entry in entries:
+            if entry.still():
+                for modules, name in entry.places:
+                    if modules.get(name) is entry.module:
+                        modules[name] = entry.stand_in
+                        swapped.append((modules, name, entry))
+        yield
+    finally:
+        for modules, name, entry in swapped:
+            if modules.get(name) is entry.stand_in:
+                modules[name] = entry.module
+
+
+def _looked_at(name: str, module: nn.Module, operations: Operations) -> Fused | None:
+    if not _is_plain(module) or "forward" in vars(module) or module._compiled_call_impl is not None:
+        return None
+    children = [child for child in module._modules.values() if child is not None]
+    with torch.no_grad():
+        if not children and set(module._parameters) == {"weight"}:
+            return _as_norm(name, module, operations)
+        if not module._parameters and len(children) == len(module._modules) == 4:
+            return _as_gated_mlp(name, module, operations)
+    return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    attributes = vars(module)
+    return not any(attributes[name] for name in _NOT_PLAIN)
+
+
+def _stand_in(module: nn.Module, compute: Compute) -> nn.Module:
+    """An object of a class derived from the module's own, with the module's own ``__dict__``: to others it is the module.
+
+    Without a step in this thread, or where a gradient is recorded, it computes what the module does.
+    """
+    cls = type(module)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and active_step() is not None and not torch.is_grad_enabled():
+            result = compute(args[0])
+            if result is not None:
+                return result
+        return module.forward(*args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # A copy or a pickle made during a step (by another thread) is one of the module.
+        return _itself, (module,)
+
+    derived = type(cls.__name__, (cls,), {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__})
+    stand_in: nn.Module = object.__new__(derived)
+    object.__setattr__(stand_in, "__dict__", vars(module))
+    return stand_in
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _emptied(module: nn.Module, parameters: dict[str, nn.Parameter | None], modules: dict[str, nn.Module | None]) -> nn.Module:
+    """A shallow copy that computes with other weights or children."""
+    probe = copy.copy(module)
+    vars(probe).update(_parameters=parameters, _modules=modules)
+    return probe
+
+
+def _agree(ours: Tensor, theirs: Any) -> bool:
+    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+        return False
+    return bool((ours - theirs).abs().max() <= _BOUND * theirs.abs().max())
+
+
+def _as_norm(name: str, module: nn.Module, operations: Operations) -> Fused | None:
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter or weight.dim() != 1 or weight.dtype not in DTYPES or weight.device.type != "cpu":
+        return None
+    generator = torch.Generator().manual_seed(_SEED)
+    random = torch.randn(weight.shape, generator=generator)
+    probe = _emptied(module, {"weight": nn.Parameter(random, requires_grad=False)}, {})
+    rows = torch.randn((1, 3, weight.shape[0]), generator=generator)
+    # Small rows, because only there the number that is added to the mean shows.
+    samples = [rows, rows * 1e-3]
+    theirs = [_tried(probe, sample) for sample in samples]
+    for attribute in [key for key, value in vars(module).items() if type(value) is float and value > 0]:
+        for form in (0, len(NORM_FORMS) - 1):
+            ours = [operations.norm(sample, random, vars(module)[attribute], form) for sample in samples]
+            if all(_agree(mine, their) for mine, their in zip(ours, theirs, strict=True)):
+                form = _rounding(module, rows.to(weight.dtype), attribute, form, operations)
+                return Fused(name, module, [], _stand_in(module, _norm_of(module, attribute, form, operations)), lambda: _is_plain(module))
+    return None
+
+
+def _rounding(module: nn.Module, rows: Tensor, attribute: str, form: int, operations: Operations) -> int:
+    """Of the two forms that are one in float32, the one that rounds where the module does."""
+    if form == len(NORM_FORMS) - 1 or rows.dtype == torch.float32:
+        return form
+    random = torch.linspace(0.3, 1.7, rows.shape[-1]).to(rows.dtype)
+    theirs = _tried(_emptied(module, {"weight": nn.Parameter(random, requires_grad=False)}, {}), rows)
+    wrong = [int((operations.norm(rows, random, vars(module)[attribute], kind) != theirs).sum()) for kind in (0, 1)]
+    return int(wrong[1] < wrong[0])
+
+
+def _norm_of(module: nn.Module, attribute: str, form: int, operations: Operations) -> Compute:
+    attributes, norm = vars(module), operations.norm
+    parameters = module._parameters
+
+    def compute(x: Tensor) -> Tensor | None:
+        weight, epsilon = parameters["weight"], attributes.get(attribute)
+        if weight is None or type(epsilon) is not float or x.dtype is not weight.dtype or x.dtype not in DTYPES:
+            return None
+        if x.device.type != "cpu" or x.shape[-1] != weight.shape[0] or not weight.is_contiguous() or x.numel() == 0:
+            return None
+        return norm(x, weight, epsilon, form)
+
+    return compute
+
+
+def _as_gated_mlp(name: str, module: nn.Module, operations: Operations) -> Fused | None:
+    linears = {key: child for key, child in module._modules.items() if isinstance(child, nn.Linear)}
+    others = {key: child for key, child in module._modules.items() if key not in linears}
+    if len(linears) != 3 or any(child is None or next(child.parameters(), None) is not None for child in others.values()):
+        return None
+    ((key, activation),) = others.items()
+    if activation is None or not _is_plain(activation):
+        return None
+    modules, function = module._modules, activation
+
+    def still() -> bool:
+        return _is_plain(module) and modules.get(key) is function and _is_plain(function)
+
+    generator = torch.Generator().manual_seed(_SEED)
+    rows = torch.randn((1, 3, _WIDTH), generator=generator) * 2
+    for gate, up, down in permutations(linears):
+        sizes = {linears[child].in_features for child in (gate, up)}, {linears[child].out_features for child in (gate, up)}
+        if sizes != ({linears[down].out_features}, {linears[down].in_features}):
+            continue
+        small = {child: _small_linear(linears[child], child == down, generator) for child in linears}
+        theirs = _tried(_emptied(module, {}, {**small, key: activation}), rows)
+        for form in range(len(GATE_FORMS)):
+            ours = small[down](operations.gate(small[gate](rows), small[up](rows), form))
+            if _agree(ours, theirs):
+                compute = _gated_of(module, (gate, up, down), function, form, operations)
+                return Fused(name, module, [], _stand_in(module, compute), still)
+    return None
+
+
+def _small_linear(linear: nn.Linear, is_down: bool, generator: torch.Generator) -> nn.Linear:
+    sizes = (_INNER, _WIDTH) if is_down else (_WIDTH, _INNER)
+    small: nn.Linear = nn.utils.skip_init(nn.Linear, *sizes, bias=linear.bias is not None)  # type: ignore[no-untyped-call]
+    for parameter in small.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return small
+
+
+def _gated_of(module: nn.Module, names: tuple[str, str, str], activation: nn.Module, form: int, operations: Operations) -> Compute:
+    modules, fused = module._modules, operations.gate
+    gate_name, up_name, down_name = names
+
+    def compute(x: Tensor) -> Tensor | None:
+        # The linears are called as they stand there now: packed, with an adapter, with hooks.
+        gate, up, down = modules[gate_name], modules[up_name], modules[down_name]
+        if gate is None or up is None or down is None:
+            return None
+        left, right = gate(x), up(x)
+        known = left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape and left.device.type == "cpu"
+        if known and evenly_spaced(left) and evenly_spaced(right):
+            result: Tensor = down(fused(left, right, form))
+        else:
+            result = down(activation(left) * right)
+        return result
+
+    return compute
+
+
+def _tried(module: nn.Module, rows: Tensor) -> Any:
+    """What a module makes of rows, or None: it was not made for such a call."""
+    try:
+        return module(rows)
+    except Exception:  # whatever a module raises, it is not one of ours
+        return None

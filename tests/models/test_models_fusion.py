@@ -1,0 +1,317 @@
+"""Norms, MLPs and rotations as one operation each: proven or left alone, the same tokens, and the model untouched between steps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from models_support import assert_close, mixed_schedule, paged_logits, plain_logits, random_tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.gptj import modeling_gptj
+from transformers.models.llama import modeling_llama
+
+from pagedkv import LLM, SamplingParams
+from pagedkv.attention.native.library import load_library
+from pagedkv.attention.native.operations import Operations
+from pagedkv.errors import ConfigError
+from pagedkv.models import ModelRunner, fused_modules, fused_rotation
+from pagedkv.testing.models import TINY_MODELS, tiny_model
+
+LENS = (12, 20)
+TOKENS = random_tokens(LENS, seed=1)
+STEPS = mixed_schedule(LENS, chunk=5, num_decodes=2)
+LIBRARY = load_library().library
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native library was built")
+
+# Norms and MLPs per layer of two, the final norm, and whether the rotation is the usual one.
+EXPECTED = {
+    "llama": (7, True),
+    "mistral": (7, True),
+    "qwen2": (7, True),
+    "qwen3": (11, True),
+    "gemma2": (11, True),
+    "gemma3": (15, True),
+    "phi": (0, True),
+    "mixtral": (5, True),
+    "gpt_oss": (5, False),
+}
+
+
+def operations() -> Operations:
+    assert LIBRARY is not None
+    return Operations(LIBRARY)
+
+
+def assert_right(runner: ModelRunner, model: PreTrainedModel, what: str) -> None:
+    assert_close(paged_logits(runner, TOKENS, STEPS), plain_logits(model, TOKENS), relative=1e-4, what=what)
+
+
+def during_a_step(runner: ModelRunner, act: Callable[[], object]) -> None:
+    """Run steps, and once, in the midst of the first, ``act``."""
+    done = []
+
+    def intrude(module: nn.Module, arguments: object) -> None:
+        if not done:
+            done.append(True)
+            act()
+
+    handle = runner.model.get_decoder().layers[1].self_attn.register_forward_pre_hook(intrude)
+    paged_logits(runner, TOKENS, STEPS)
+    handle.remove()
+    assert done
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_fuse_finds_what_there_is_and_logits_are_the_models_own(name: str) -> None:
+    model = tiny_model(name)
+    modules = dict(model.named_modules())
+    runner = ModelRunner(model)
+    number, rotates = EXPECTED.get(name, (0, False))
+    assert len(runner.fusion.modules) == number
+    assert bool(runner.fusion.rotations) == rotates
+    assert (runner.fusion.reason is None) == bool(number or rotates)
+    assert_right(runner, model, name)
+    assert dict(model.named_modules()) == modules
+
+
+def test_fuse_weights_and_numbers_changed_between_steps_are_used() -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, fuse=True)
+    layer = model.get_decoder().layers[0]
+    before = paged_logits(runner, TOKENS, STEPS)
+    layer.input_layernorm.weight.data.mul_(1.5)
+    layer.input_layernorm.variance_epsilon = 0.3
+    layer.mlp.up_proj.weight.data.mul_(0.5)
+    assert_right(runner, model, "after a change in place")
+    layer.post_attention_layernorm.weight = nn.Parameter(torch.rand_like(layer.post_attention_layernorm.weight))
+    layer.mlp.act_fn = nn.ReLU()
+    assert_right(runner, model, "after another parameter and another activation")
+    assert not torch.allclose(before[0], paged_logits(runner, TOKENS, STEPS)[0], rtol=1e-3)
+
+
+def test_fuse_hooks_and_replaced_modules_are_respected() -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, fuse=True)
+    layer = model.get_decoder().layers[0]
+    served: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: served.append(module))
+        for module in (layer.input_layernorm, layer.mlp, layer.mlp.up_proj, layer.mlp.act_fn)
+    ]
+    paged_logits(runner, TOKENS, STEPS)
+    assert served == [layer.input_layernorm, layer.mlp.act_fn, layer.mlp.up_proj, layer.mlp] * len(STEPS)
+    for handle in handles:
+        handle.remove()
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer.input_layernorm = Doubled()
+    layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, Doubled())
+    assert_right(runner, model, "with a norm and a product of the user's own")
+
+
+def test_fuse_a_model_used_by_others_during_a_step_is_itself() -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, fuse=True)
+    expected = plain_logits(model, TOKENS)
+    seen: dict[str, object] = {}
+
+    def look() -> None:
+        norm = model.get_decoder().layers[0].input_layernorm
+        seen["isinstance"] = isinstance(norm, modeling_llama.LlamaRMSNorm)
+        seen["copied"] = type(copy.deepcopy(norm))
+        seen["pickled"] = type(pickle.loads(pickle.dumps(norm)))
+        seen["names"] = list(model.state_dict())
+        thread = threading.Thread(target=lambda: seen.update(logits=plain_logits(model, TOKENS[:1])))
+        thread.start()
+        thread.join()
+
+    during_a_step(runner, look)
+    assert seen["isinstance"]
+    assert seen["copied"] is seen["pickled"] is modeling_llama.LlamaRMSNorm
+    assert seen["names"] == list(model.state_dict())
+    logits = seen["logits"]
+    assert isinstance(logits, list)
+    assert torch.equal(logits[0], expected[0])
+
+
+def test_fuse_an_error_in_a_step_puts_everything_back() -> None:
+    model = tiny_model("llama")
+    modules, function = dict(model.named_modules()), modeling_llama.apply_rotary_pos_emb
+    runner = ModelRunner(model, fuse=True)
+
+    def fail() -> None:
+        assert modeling_llama.apply_rotary_pos_emb is not function
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        during_a_step(runner, fail)
+    assert modeling_llama.apply_rotary_pos_emb is function
+    assert dict(model.named_modules()) == modules
+
+
+def test_fuse_a_rotation_that_was_replaced_is_left_and_two_models_share_one() -> None:
+    first, second = tiny_model("llama"), tiny_model("llama", seed=1)
+    runners = ModelRunner(first, fuse=True), ModelRunner(second, fuse=True)
+    during_a_step(runners[0], lambda: assert_right(runners[1], second, "within a step of another"))
+    function = modeling_llama.apply_rotary_pos_emb
+    calls = []
+
+    def own(*args: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(args)
+        return function(*args)
+
+    try:
+        modeling_llama.apply_rotary_pos_emb = own
+        assert_right(runners[0], first, "with a rotation of the user's own")
+        assert modeling_llama.apply_rotary_pos_emb is own
+    finally:
+        modeling_llama.apply_rotary_pos_emb = function
+    assert calls
+
+
+class Norm(nn.Module):
+    """A root mean square norm with one thing about it changed."""
+
+    def __init__(self, compute: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+        self.eps = 1e-5
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.weight, self.eps)
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+ALMOST_NORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "its mean is subtracted": lambda x, w, eps: w * rms(x - x.mean(-1, keepdim=True), eps),
+    "its weight is not used": lambda x, w, eps: rms(x, eps),
+    "its weight is squared": lambda x, w, eps: w * w * rms(x, eps),
+    "its epsilon is not what it says": lambda x, w, eps: w * rms(x, 2 * eps),
+    "epsilon outside of the root": lambda x, w, eps: w * x / (x.square().mean(-1, keepdim=True).sqrt() + eps),
+    "it returns two tensors": lambda x, w, eps: (w * rms(x, eps), x),  # type: ignore[dict-item,return-value]
+    "it fails": lambda x, w, eps: x @ w[:3],
+}
+
+
+@pytest.mark.parametrize("what", ALMOST_NORMS)
+def test_find_fusable_a_norm_that_only_looks_like_one_is_left_alone(what: str) -> None:
+    right = nn.ModuleDict({"norm": Norm(lambda x, w, eps: w * rms(x, eps))})
+    assert [entry.name for entry in fused_modules.find_fusable(right, operations())] == ["norm"]
+    almost = nn.ModuleDict({"norm": Norm(ALMOST_NORMS[what])})
+    assert fused_modules.find_fusable(almost, operations()) == []
+
+
+class Mlp(nn.Module):
+    """A gated MLP with one thing about it changed."""
+
+    def __init__(self, compute: Callable[[Mlp, Tensor], Tensor], activation: nn.Module, sizes: tuple[int, int] = (16, 24)) -> None:
+        super().__init__()
+        outer, inner = sizes
+        self.up, self.down, self.gate = nn.Linear(outer, inner), nn.Linear(inner, outer), nn.Linear(outer, inner)
+        self.function = activation
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def gated(mlp: Mlp, x: Tensor) -> Tensor:
+    result: Tensor = mlp.down(mlp.function(mlp.gate(x)) * mlp.up(x))
+    return result
+
+
+ALMOST_MLPS: dict[str, Mlp] = {
+    "its activation is another": Mlp(gated, nn.ReLU()),
+    "its activation is the exact GELU": Mlp(gated, nn.GELU()),
+    "its activation has a weight": Mlp(gated, nn.PReLU()),
+    "it adds where others multiply": Mlp(lambda mlp, x: mlp.down(mlp.function(mlp.gate(x)) + mlp.up(x)), nn.SiLU()),
+    "it adds its input": Mlp(lambda mlp, x: x + gated(mlp, x), nn.SiLU()),
+    "it reads its weights itself": Mlp(lambda mlp, x: torch.nn.functional.linear(x, mlp.gate.weight[:16]), nn.SiLU()),
+}
+
+
+@pytest.mark.parametrize("what", ALMOST_MLPS)
+def test_find_fusable_an_mlp_that_only_looks_gated_is_left_alone(what: str) -> None:
+    for sizes in ((16, 24), (16, 16)):
+        for function in (nn.SiLU(), nn.GELU(approximate="tanh")):
+            right = nn.ModuleDict({"mlp": Mlp(gated, function, sizes)})
+            assert [entry.name for entry in fused_modules.find_fusable(right, operations())] == ["mlp"]
+    assert fused_modules.find_fusable(nn.ModuleDict({"mlp": ALMOST_MLPS[what]}), operations()) == []
+
+
+def test_find_rotations_another_pairing_of_the_halves_is_left_alone() -> None:
+    model = nn.ModuleDict({"attention": modeling_gptj.GPTJMLP(8, modeling_gptj.GPTJConfig(n_embd=8))})
+    assert callable(modeling_gptj.apply_rotary_pos_emb)
+    assert fused_rotation.find_rotations(model, operations()) == []
+
+
+def test_fuse_wrong_value_or_nothing_to_fuse_is_refused() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(ConfigError, match="fuse is 'yes': it must be True, False or 'auto'"):
+        ModelRunner(model, fuse="yes")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="fuse is True but cannot be done: no module"):
+        ModelRunner(model, fuse=True)
+    assert ModelRunner(tiny_model("llama"), fuse=False).fusion.modules == ()
+
+
+def test_fuse_without_a_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedkv.attention.native.library.BUILDS", ())
+    reason = ModelRunner(tiny_model("llama"), backend="torch").fusion.reason
+    assert reason is not None
+    assert reason.startswith("the native library is missing")
+
+
+@pytest.mark.parametrize("packed", [False, "auto"])
+def test_fuse_an_operation_that_is_wrong_is_given_up_at_load(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    model = tiny_model("llama")
+    right = Operations.norm
+    # Right for the few rows of the proof, wrong after: what only the self-check can see.
+    monkeypatch.setattr(Operations, "norm", lambda ops, x, w, e, f: right(ops, x, w, e, f) * (1 if x.numel() <= 3 * x.shape[-1] else 1.5))
+    runner = ModelRunner(model, fuse="auto", pack_linears=packed)
+    assert runner.fusion.modules == ()
+    assert str(runner.fusion.reason).startswith("the self-check failed with it")
+    assert_right(runner, model, "without what was given up")
+    with pytest.raises(Exception, match="differ"):
+        ModelRunner(model, fuse=True, pack_linears=packed)
+
+
+def test_fuse_autocast_or_hooks_on_every_module_leave_the_model_alone() -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, fuse=True)
+    served: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: served.append(module))
+    paged_logits(runner, TOKENS, STEPS)
+    handle.remove()
+    assert model.get_decoder().norm in served
+
+
+def test_fuse_half_precision_rounds_where_the_model_does() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    runners = [ModelRunner(model, fuse=fuse, pack_linears=False) for fuse in (True, False)]
+    ours, theirs = (paged_logits(runner, TOKENS, STEPS) for runner in runners)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a != b).float().mean() < 0.2
+        assert_close([a], [b], relative=1e-2, what="bfloat16")
+
+
+def test_generate_fused_gives_the_tokens_of_transformers() -> None:
+    model = tiny_model("llama")
+    prompts = [row.tolist() for row in TOKENS]
+    with LLM(model, fuse=True) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
