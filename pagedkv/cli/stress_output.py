@@ -82,9 +82,8 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
         head = {"phase": outcome.phase, "violation": failure and asdict(failure), "interrupted": outcome.interrupted}
         print(json.dumps({**head, **({} if report is None else asdict(report))}, indent=1))
     else:
-        verdict = "VIOLATED" if failure is not None else "interrupted" if outcome.interrupted else "nothing violated"
-        print(f"{outcome.phase}: {verdict}; {_extent(outcome)} in {outcome.seconds:.1f} s")
-        if report is not None:
+        print(f"{outcome.phase}: {_verdict(outcome)}; {_extent(outcome)} went well in {outcome.seconds:.1f} s")
+        if outcome.cases and report is not None:
             print(textwrap.indent(_table(report) if isinstance(report, Report) else str(report), "  "))
     if failure is not None:
         print(failure, file=sys.stderr)
@@ -118,10 +117,16 @@ def rate(count: int, seconds: float) -> str:
     return f"{each:,.0f}" if each >= 10 or not count else f"{each:.2g}"
 
 
+def _verdict(outcome: Outcome) -> str:
+    if outcome.failure is not None:
+        return f"VIOLATED by {outcome.failure.case}"
+    return "interrupted" if outcome.interrupted else "nothing violated"
+
+
 def _extent(outcome: Outcome) -> str:
     names = [case.name for case in outcome.cases]
     if len(names) < 2:
-        return names[0] if names else "nothing ran to its end"
+        return names[0] if names else "nothing"
     return f"{len(names):,} sessions, {names[0]} to {names[-1]},"
 
 

@@ -25,7 +25,7 @@ from pagedkv.testing.traces import Trace
 from pagedkv.testing.violations import ViolationError
 
 MODELS = ("hash", "tiny", "smol")
-_OPERATIONS = {"manager": 10_000, "hash": 1_000, "tiny": 300, "smol": 60}  # where no budget is given: well below a minute each
+_OPERATIONS = {"manager": 10_000, "hash": 1_000, "tiny": 300, "smol": 60}  # where no budget is given: seconds, with smol about a minute
 _REQUESTS = 10
 _TRACE_BLOCK_SIZE = 16  # divides the hash blocks of every published trace
 _TRACE_POOL = 4  # times the blocks of the longest request, where no size is given: room for some, never for all

@@ -25,7 +25,7 @@ class Life:
         seed: of the sizes, the policy and the load.
         requests: numbers of the requests that come, at least one; who else comes decides only whose prompt theirs may begin like.
         turns: before which steps something may happen from outside (an abort, a preemption, a purge, a fault); all when None.
-        num_blocks: of the pool, the null block included; drawn when None.
+        num_blocks: of the pool, the null block included, at least 3: one token in and one out; drawn when None.
         block_size: tokens in a block; drawn, or the model's, when None.
         faults: whether steps fail and logits are spoilt.
         model: name of the model that it was found with; the simulation does not look at it.
@@ -44,7 +44,7 @@ class Life:
     model: str = "hash"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("num_blocks", self.num_blocks, 2), ("block_size", self.block_size, 1)):
+        for name, value, least in (("num_blocks", self.num_blocks, 3), ("block_size", self.block_size, 1)):
             if value is not None and value < least:
                 raise InvalidRequestError(f"{name} is {value}: it must be at least {least}")
         if not self.requests:

@@ -61,7 +61,7 @@ def test_life_text_that_is_none_is_refused(text: str) -> None:
 
 
 def test_life_that_cannot_be_is_refused() -> None:
-    for options in ({"num_blocks": 1}, {"block_size": 0}):
+    for options in ({"num_blocks": 2}, {"block_size": 0}):
         with pytest.raises(InvalidRequestError, match="it must be at least"):
             Life(0, (0,), **options)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="come together"):
