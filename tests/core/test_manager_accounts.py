@@ -42,6 +42,7 @@ def test_snapshot_is_a_copy_that_prints() -> None:
     seq = start(manager, list(range(5)), next_token=9)
     before = manager.snapshot()
     (sequence,) = before.sequences
+    assert before.statistics == manager.statistics()
     assert sequence.slots(1) == (4, 5, 6, 7, 8)
     assert str(sequence) == "\n".join(
         [

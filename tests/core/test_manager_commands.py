@@ -282,6 +282,7 @@ def test_complete_without_reservation_changes_nothing_but_the_token() -> None:
         ([-2], "token id -2 is below 0"),
         ([2**31], "32-bit"),
         ([2**32 + 5], "32-bit"),
+        ([-(2**31) - 1], "32-bit"),
         ([1, 2], "expected 1 integers"),
         ([0.5], "flat list of integers"),
     ],

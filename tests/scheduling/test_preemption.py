@@ -198,15 +198,14 @@ def test_preemptions_of_zero_reckon_with_all_forks_of_one_that_waits(prompt: int
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens", "worst"), [(9, 8, 8), (8, 8, 10), (9, 9, 11)])
-def test_preemptions_of_zero_reckon_with_all_forks_of_one_that_runs(prompt: int, max_tokens: int, worst: int) -> None:
-    scheduler = make_scheduler(1 + worst + 3, max_num_seqs=8, max_preemptions=0, max_num_batched_tokens=4)
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_preemptions_of_zero_reckon_with_all_forks_of_one_that_runs(prompt: int, max_tokens: int, worst: int, short_of: int) -> None:
+    scheduler = make_scheduler(1 + worst + 4 - short_of, max_num_seqs=8, max_preemptions=0)
     submit(scheduler, "a", prompt, max_tokens, n=3)
-    step(scheduler)  # one block of its prompt, so that it has not forked yet
-    late = submit(scheduler, "b", 4, 13)
-    step(scheduler)
-    step(scheduler)
-    (wait,) = events(late, EventKind.WAITING)
-    assert dict(wait.detail)["reason"] is WaitReason.RESERVED
+    late = submit(scheduler, "b", 4, 13)  # 4 blocks
+    step(scheduler)  # "a" has two blocks by the time that "b" is looked at, and has not forked yet
+    taken = [dict(event.detail) for event in events(late, EventKind.WAITING)]
+    assert taken == ([{"reason": WaitReason.RESERVED, "needed": worst - 2 + 4, "available": worst + 2 - short_of}] if short_of else [])
     run(scheduler)
     assert scheduler.num_preemptions == 0
 
