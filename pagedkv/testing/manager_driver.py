@@ -52,6 +52,8 @@ class ManagerDriver:
         check: ``"audit"`` consults the oracles after every operation; ``"step"`` reads the tokens and adds up the blocks after every
             completed step; ``"off"`` compares what commands return and refuse, and nothing else.
         oracles: which of ``ORACLES`` an audit consults.
+        storage_factory: makes what the steps write into, called with the blocks of each group and the block size; a ``StorageOracle``
+            lets a real ``KVStorage`` take part.
 
     Attributes:
         manager: the subject.
@@ -69,6 +71,7 @@ class ManagerDriver:
         manager_factory: Callable[..., KVCacheManager] = KVCacheManager,
         check: str = "audit",
         oracles: Sequence[str] = ORACLES,
+        storage_factory: Callable[[Sequence[int], int], TokenOracle] = TokenOracle,
     ) -> None:
         self.config = config
         self.manager = manager_factory(
@@ -79,7 +82,7 @@ class ManagerDriver:
             enable_prefix_caching=config.prefix_caching,
         )
         self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
-        self.tokens = TokenOracle(config.num_blocks, config.block_size)
+        self.tokens = storage_factory(config.num_blocks, config.block_size)
         self.num_operations = 0
         self._judge = Judge(self.manager, self.reference, self.tokens, check=check, oracles=oracles)
         self._steps = Steps(self.manager, self.reference, self.tokens, self._judge)

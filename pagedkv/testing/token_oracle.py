@@ -84,13 +84,12 @@ class TokenOracle:
 
         Cost: O(blocks) where all is well.
         """
-        blocks = self._blocks[group]
-        read = list(chain.from_iterable([blocks[block] for block in block_table]))
         length = len(stamps)
-        if read[:length] == stamps:
-            return
-        if len(read) < length:
+        if len(block_table) * self._size < length:
             raise ViolationError("tokens", f"group {group}: {len(block_table)} blocks of {self._size} are too few for {length} tokens")
+        read = self._read(group, block_table, length)
+        if read == stamps:
+            return
         place = next(place for place in range(length) if read[place] != stamps[place])
         (owner, found), (name, expected) = self._history(read[place]), self._history(stamps[place])
         raise ViolationError(
@@ -98,6 +97,11 @@ class TokenOracle:
             f"group {group}, position {place}, block {block_table[place // self._size]} holds "
             f"{'nothing' if owner is None else f'{owner!r} {found}'}, not {name!r} {expected}",
         )
+
+    def _read(self, group: int, block_table: Sequence[int], length: int) -> list[int]:
+        """The stamps of the first ``length`` slots of a table that has so many."""
+        blocks = self._blocks[group]
+        return list(chain.from_iterable([blocks[block] for block in block_table]))[:length]
 
     def _history(self, stamp: int) -> tuple[str | None, list[int]]:
         """Who wrote it, None for nobody, and the tokens up to it."""
