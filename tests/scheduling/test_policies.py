@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from scheduling_helpers import events, make_request, make_scheduler, only_branch, record_of, run, step, submit
 
+from pagedkv.errors import ConfigError
 from pagedkv.scheduling import (
     Branch,
     Candidate,
@@ -39,6 +40,17 @@ def test_policy_ranks_candidates(policy: SchedulingPolicy, order: list[int]) -> 
 @pytest.mark.parametrize("policy", [FirstComeFirstServed(), Priority()])
 def test_policy_without_lookahead_chooses_the_first(policy: SchedulingPolicy) -> None:
     assert policy.choose([candidate(0), candidate(1)], [0, 99]) == 0
+
+
+@pytest.mark.parametrize("lookahead", [None, 0, 1.5], ids=["none", "zero", "no integer"])
+def test_policy_without_a_lookahead_that_can_be_is_refused(lookahead: object) -> None:
+    class Shortsighted:
+        rank = choose = staticmethod(lambda *_: 0)
+
+    if lookahead is not None:
+        Shortsighted.lookahead = lookahead  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=rf"^the policy's lookahead is {lookahead}\b.* at least 1"):
+        make_scheduler(policy=Shortsighted())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("cached", "chosen"), [([0, 0, 0], 0), ([0, 8, 4], 1), ([0, 8, 8], 1), ([0, 0, 4], 2)])

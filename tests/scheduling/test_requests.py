@@ -173,3 +173,17 @@ def test_running_set_row_without_a_branch_is_refused() -> None:
     table = SequenceTable(2, num_groups=1, block_size=4, max_blocks=4)
     with pytest.raises(LookupError, match="row 1 has no running branch"):
         RunningSet(table).branch(1)
+
+
+def test_running_set_worst_case_counts_a_copy_for_each_last_block_that_may_be_shared() -> None:
+    table = SequenceTable(3, num_groups=1, block_size=4, max_blocks=8)
+    running = RunningSet(table)
+    rows, _ = table.open_rows(2)
+    for row in rows.tolist():
+        (branch,) = make_record().branches  # 3 tokens known and 4 to come, the last of which needs no slot: 2 blocks
+        branch.row = row
+        running.add(branch)
+    table.num_blocks[rows] = 1
+    assert running.worst_case_blocks(4) == 2
+    table.mark_tails_shared(rows[:1])
+    assert running.worst_case_blocks(4) == 3
