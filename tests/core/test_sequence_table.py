@@ -32,6 +32,13 @@ def test_open_rows_gives_lowest_rows_and_distinct_handles() -> None:
     assert table.num_free_rows == 1
 
 
+def test_open_rows_gives_rows_that_were_closed_together_in_the_same_order() -> None:
+    table = make_table()
+    rows, _ = table.open_rows(4)
+    table.close_rows(rows[[2, 0, 3]])
+    assert table.open_rows(3)[0].tolist() == [2, 0, 3]
+
+
 def test_rows_of_no_handles_is_empty() -> None:
     assert make_table().rows_of(np.zeros(0, dtype=np.int64)).tolist() == []
 

@@ -82,7 +82,12 @@ SCHEDULER = table(
     ("finish index text", InvalidRequestError, "index is 'a'", lambda s: s.finish("x", "a", "stop")),
     ("finish index float", InvalidRequestError, "index is 0.0", lambda s: s.finish("x", 0.0, "stop")),
     ("finish for no reason", InvalidRequestError, "reason is None", lambda s: s.finish("x", 0, None)),
-    ("finish for any reason", InvalidRequestError, "reason is 'bored'", lambda s: s.finish("x", 0, "bored")),
+    (
+        "finish for any reason",
+        InvalidRequestError,
+        "'bored': it must be one of stop, length, abort, error",
+        lambda s: s.finish("x", 0, "bored"),
+    ),
     ("complete None", InvalidRequestError, "not the outstanding one", lambda s: s.complete(None, [])),
     ("undo None", InvalidRequestError, "not the outstanding one", lambda s: s.undo(None)),
     ("undo a text", InvalidRequestError, "not the outstanding one", lambda s: s.undo("plan")),
