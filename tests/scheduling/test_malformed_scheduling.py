@@ -85,7 +85,7 @@ SCHEDULER = table(
     (
         "finish for any reason",
         InvalidRequestError,
-        "'bored': it must be one of stop, length, abort, error",
+        "be one of stop, length, abort, error",
         lambda s: s.finish("x", 0, "bored"),
     ),
     ("complete None", InvalidRequestError, "not the outstanding one", lambda s: s.complete(None, [])),
