@@ -15,15 +15,43 @@ from pagedkv.plan import Int32Array
 def check(table: SequenceTable, groups: Sequence[LayerGroup], pins: Mapping[int, tuple[Int32Array, ...]]) -> None:
     """Verify all invariants; O(everything), about 50 microseconds for a manager of two small groups.
 
-    Besides those of ``BlockPool.check`` and ``PrefixCache.check``:
+    Of each pool:
 
-    1. computed tokens <= reserved tokens <= known tokens, for every sequence;
-    2. a sequence has exactly the blocks that its reserved tokens need, the same number in every group;
-    3. behind its blocks, a table holds only the null block; within them, never;
-    4. a row without a sequence is empty;
-    5. a block's references are its mentions in tables and pins, no more and no fewer;
-    6. a sequence's published blocks are its leading ones, full, computed, findable, and in its own namespace;
-    7. a half-full last block that is not marked as shared has one holder and is not findable.
+    1. no block has a negative count of references;
+    2. the null block is neither held nor cached;
+    3. the free list names blocks of the pool only, and never the null block;
+    4. it names each of them once;
+    5. a free block is held by nobody;
+    6. a free block is not cached;
+    7. the eviction policy holds as many blocks as are cached and held by nobody;
+    8. free, evictable and held blocks sum to the pool.
+
+    Of each prefix cache:
+
+    9. the block that a key finds carries that key;
+    10. a findable block's parent is findable;
+    11. it is in the namespace of its parent;
+    12. a block counts as many children as name it for their parent;
+    13. only a findable block carries a key or a namespace.
+
+    Between a pool and its cache:
+
+    14. as many blocks are cached as are findable;
+    15. a findable block is cached.
+
+    Of the tables, and between them and the rest:
+
+    16. a row without a sequence is empty;
+    17. free and live rows sum to all rows;
+    18. computed tokens <= reserved tokens <= known tokens, for every sequence;
+    19. a sequence has exactly the blocks that its reserved tokens need, the same number in every group;
+    20. of its published blocks, all are full and computed;
+    21. behind its blocks, a table holds only the null block; within them, never;
+    22. its published blocks are its leading ones, and findable;
+    23. they are in its own namespace;
+    24. a half-full last block that is not marked as shared has one holder and is not findable;
+    25. tables and pins name blocks of the pool only;
+    26. a block's references are its mentions in tables and pins, no more and no fewer.
 
     Raises:
         InvariantError: naming the first that is broken, with the row or block.
