@@ -26,6 +26,7 @@ from pagedkv.testing.violations import ViolationError
 
 MODELS = ("hash", "tiny", "smol")
 _OPERATIONS = {"manager": 10_000, "hash": 1_000, "tiny": 300, "smol": 60}  # where no budget is given: seconds, with smol about a minute
+_SHRINK_RUNS = {"hash": 100, "tiny": 60, "smol": 10}  # minutes at most, whatever a life takes
 _REQUESTS = 10
 _TRACE_BLOCK_SIZE = 16  # divides the hash blocks of every published trace
 _TRACE_POOL = 4  # times the blocks of the longest request, where no size is given: room for some, never for all
@@ -118,7 +119,9 @@ def _engine(options: argparse.Namespace) -> Callable[[int | None, _Watch], objec
     live = life_runner(life.model, life.block_size)
 
     def run(operations: int | None, watch: _Watch) -> object:
-        return stress_engine(live, life, num_steps=operations, seconds=options.seconds, on_progress=watch)
+        return stress_engine(
+            live, life, num_steps=operations, seconds=options.seconds, on_progress=watch, max_shrink_runs=_SHRINK_RUNS[life.model]
+        )
 
     return run
 
