@@ -9,7 +9,8 @@ from collections.abc import Container, Iterable
 from itertools import chain, combinations
 
 from pagedkv.core import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
-from pagedkv.testing.reference_manager import Group, ReferenceManager, Twin
+from pagedkv.testing.reference_manager import ReferenceManager, Twin
+from pagedkv.testing.reference_pool import ReferencePool
 from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
 
@@ -51,7 +52,7 @@ def compare_manager(snapshot: Snapshot, pairs: Pairs, reference: ReferenceManage
     _compare_account(account, reference)
 
 
-def _compare_group(index: int, group: GroupStatistics, reference: Group) -> None:
+def _compare_group(index: int, group: GroupStatistics, reference: ReferencePool) -> None:
     held = list(reference.held.values())
     got = (group.num_free, group.num_evictable, group.num_in_use, group.num_shared, group.num_cached, group.num_evicted)
     num_shared = len(held) - held.count(1)
