@@ -14,6 +14,7 @@ from manager_bugs import MANAGER_BUGS
 from planting import MAX_LIVES, MAX_PROGRAMS, PROGRAM_LENGTH, Kill, kill_with_lives, kill_with_programs
 from storage_bugs import BATCH_BUGS, STORAGE_BUGS
 
+from pagedkv.testing.manager_driver import ORACLES
 from pagedkv.testing.storage_oracle import StorageOracle
 
 BUGS = {**MANAGER_BUGS, **STORAGE_BUGS, **BATCH_BUGS}
@@ -50,3 +51,15 @@ def test_kit_kills_every_bug_summary(capsys: pytest.CaptureFixture[str]) -> None
             f"steps of the {len(lives)} that an engine shows: median {median(lives):g}, worst {max(lives)}"
         )
     assert len(counts) == len(BUGS) >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("oracle", "name"), [("tokens", "the copy list is dropped"), ("reference", "copies are not counted among the blocks needed")]
+)
+def test_bug_survives_all_programs_where_its_only_oracle_is_off(oracle: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MANAGER_BUGS[name](monkeypatch)
+    assert kill_with_programs([other for other in ORACLES if other != oracle]) is None
+    killed = kill_with_programs([oracle])
+    assert killed is not None
+    assert killed.kind in (oracle, "ownership")  # a slot that another namespace wrote is the token oracle's to tell
