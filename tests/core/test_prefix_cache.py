@@ -8,7 +8,7 @@ from core_helpers import ids
 
 from pagedkv.core import PrefixCache
 from pagedkv.core.prefix_cache import Namespaces
-from pagedkv.errors import InvariantError
+from pagedkv.errors import InvariantError, UnknownHandleError
 
 ROOT = -1
 
@@ -158,6 +158,13 @@ def test_ids_that_the_cache_gives_out_are_int32() -> None:
     cache = chain_cache()
     holders = cache.publish_chain(ROOT, np.array([[5, 5]], dtype=np.int32), ids(4), ROOT)
     assert {holders.dtype, cache.blocks_of(ROOT).dtype, cache.live_roots().dtype} == {np.dtype(np.int32)}
+
+
+def test_remove_null_block_is_refused_as_one_that_can_never_be_published() -> None:
+    cache = chain_cache()
+    with pytest.raises(UnknownHandleError, match="block 0 is not one of 1 to 8"):
+        cache.remove(ids(3, 0))
+    assert cache.match(ROOT, ids(*range(6))) == [1, 2, 3]
 
 
 def test_remove_then_publish_other_content_finds_only_the_new() -> None:
