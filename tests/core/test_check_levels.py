@@ -148,6 +148,7 @@ LAWS: list[tuple[Corruption, str]] = [
     (_add("num_tokens", 0, -1), "row 0: 0 <= computed 6 <= reserved 6 <= known 5"),
     (_add("num_blocks", 0, 1), "row 0: 3 blocks of 4 for 6 reserved tokens"),
     (_add("num_blocks", 0, -1), "row 0: 1 blocks of 4 for 6 reserved tokens"),
+    (_add("num_blocks", 2, 1), "row 2: 3 blocks of 4 for 8 reserved tokens"),
     (_add("num_published", 0, 1), "row 0: 2 blocks of 4 are published and 6 tokens computed"),
     (lambda manager: manager.table._free.pop(), "4 rows with a sequence and 1 free ones are not 6 rows"),
     (
