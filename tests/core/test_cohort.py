@@ -177,6 +177,7 @@ def test_extension_of_a_cohort_stays_as_it_was_given() -> None:
     twins.complete(3, 4, 5, 6)
     twins.steps(6, 3, 4, 5, 6)
     assert [extension.slot_mapping.tolist(), extension.positions.tolist(), extension.seq_lens.tolist()] == taken
+    assert not any(array.flags.writeable for array in (extension.slot_mapping, extension.positions, extension.seq_lens))
 
 
 def test_table_of_a_single_cell_decodes() -> None:
