@@ -15,6 +15,7 @@ import numpy as np
 from pagedkv.core.publication import Publication
 from pagedkv.core.reservations import Extension, Reservations
 from pagedkv.core.sequence_table import SequenceTable
+from pagedkv.errors import OutOfBlocksError
 from pagedkv.plan import Int32Array, Int64Array
 
 _Array = TypeVar("_Array", Int32Array, Int64Array)
@@ -80,24 +81,27 @@ class Cohort:
         count = len(wave.members)
         places = self._places + self._ones_64
         slots = places[:-1]
+        if len(slots) > 1:
+            reservations.check_available([count] * len(slots))
+        change = table.change
+        change.depth += 1  # by hand, here and below: ``with`` takes a tenth as long as all the rest
         if count:
-            if len(slots) > 1:  # a single group refuses by itself, before it changes anything
-                reservations.check_available([count] * len(slots))
-            wave.cells += self._ones_64[:count]
-            wave.num_blocks += self._ones_32[:count]
-            opened = reservations.open_blocks(wave.cells)
-            for own, ids in zip(slots, opened, strict=True):
-                own[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
-            wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]
-            table.num_blocks[wave.rows] = wave.num_blocks
+            try:
+                self._open_blocks(wave, slots)
+            except OutOfBlocksError:  # a single group refuses by itself, before it changes anything
+                change.depth -= len(slots) == 1
+                raise
         table.num_reserved[self._rows] = self._seq_lens
         self._places = places
         self._is_reserved = True
+        change.depth -= 1
         return Extension(_frozen(slots), self._positions, self._seq_lens, reservations.no_copies)
 
     def complete(self, token_ids: Int32Array) -> None:
         """The step is computed and every member gets a token: ``[n]`` int32, none below 0."""
         table, rows = self._table, self._rows
+        change = table.change
+        change.depth += 1
         table.num_computed[rows] = self._seq_lens
         table.flat_token_ids[self._places[-1]] = token_ids
         self._positions, self._seq_lens = self._seq_lens, _frozen(self._seq_lens + self._ones_32)
@@ -109,6 +113,18 @@ class Cohort:
             wave = self._waves[self._clock] or self._wave(self._clock)  # who opens a block next has just filled the last
             if len(wave.members):
                 self._publish(wave, self._publication)
+        change.depth -= 1
+
+    def _open_blocks(self, wave: _Wave, slots: Int64Array) -> None:
+        """A new block for each member whose turn it is; their slots begin there."""
+        count = len(wave.members)
+        wave.cells += self._ones_64[:count]
+        wave.num_blocks += self._ones_32[:count]
+        opened = self._reservations.open_blocks(wave.cells)
+        for own, ids in zip(slots, opened, strict=True):
+            own[wave.members] = ids.astype(np.int64) * self._size  # of one type: numpy is slower where it has to cast on the way
+        wave.parents, wave.blocks = wave.blocks, [ids.tolist() for ids in opened]
+        self._table.num_blocks[wave.rows] = wave.num_blocks
 
     def _publish(self, wave: _Wave, publication: Publication) -> None:
         if wave.is_public:

@@ -226,26 +226,28 @@ class KVCacheManager:
 
         Cost: O(prompt tokens).
         """
+        self._table.change.check()
         tokens, names = as_prompts(prompts, namespaces)
         use_cache = checks.flag("use_cache", use_cache, error=InvalidRequestError)
         self._check_open(tokens)
         caching = self._caching and use_cache
         matches = [self._match(prompt[:-1], name) if caching else None for prompt, name in zip(tokens, names, strict=True)]
         self._cohort = None  # the table may have to grow
-        rows, seqs = self._table.open_rows(len(tokens))
-        cached = np.zeros(len(tokens), dtype=np.int32)
-        for index, (row, prompt, name, match) in enumerate(zip(rows.tolist(), tokens, names, matches, strict=True)):
-            self._table.ensure_columns(len(prompt))
-            self._table.token_ids[row, : len(prompt)] = prompt
-            self._table.num_tokens[row] = len(prompt)
-            self._table.roots[row] = self._namespaces.intern(name) if self._caching else 0
-            if match is not None:
-                cached[index] = match.num_tokens
-                self._query_tokens += len(prompt)
-                self._adopt(row, match)
-        if self._namespaces.crowded:
-            self._sweep_namespaces()
-        return Opened(seqs, cached)
+        with self._table.change:
+            rows, seqs = self._table.open_rows(len(tokens))
+            cached = np.zeros(len(tokens), dtype=np.int32)
+            for index, (row, prompt, name, match) in enumerate(zip(rows.tolist(), tokens, names, matches, strict=True)):
+                self._table.ensure_columns(len(prompt))
+                self._table.token_ids[row, : len(prompt)] = prompt
+                self._table.num_tokens[row] = len(prompt)
+                self._table.roots[row] = self._namespaces.intern(name) if self._caching else 0
+                if match is not None:
+                    cached[index] = match.num_tokens
+                    self._query_tokens += len(prompt)
+                    self._adopt(row, match)
+            if self._namespaces.crowded:
+                self._sweep_namespaces()
+            return Opened(seqs, cached)
 
     def extend(self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array) -> Extension:
         """Reserve slots for the next known tokens of many sequences at once.
@@ -269,6 +271,7 @@ class KVCacheManager:
         """
         if type(num_new_tokens) is not int or num_new_tokens != 1:
             self._cohort = None
+            self._table.change.check()
             return self._reservations.grow(*self._reservation(seqs, num_new_tokens))
         cohort, self._cohort = self._cohort, None  # forgotten, should it not come through: the table alone is sure to be right then
         if cohort is None or not cohort.can_extend(seqs):
@@ -302,21 +305,24 @@ class KVCacheManager:
         nexts = None if next_token_ids is None else self._check_next(rows, next_token_ids)
         table = self._table
         computed = table.num_reserved[rows]
-        table.num_computed[rows] = computed
-        if table.some_copy_pending:
-            table.clear_copies(rows)
-        if nexts is not None:
-            self._append_tokens(rows, *nexts)
-        if self._caching:
-            full = computed // self._block_size
-            behind = (full > table.num_published[rows]).nonzero()[0]
-            if len(behind):
-                self._publication.publish(rows[behind], full[behind])
+        with self._table.change:
+            table.num_computed[rows] = computed
+            if table.some_copy_pending:
+                table.clear_copies(rows)
+            if nexts is not None:
+                self._append_tokens(rows, *nexts)
+            if self._caching:
+                full = computed // self._block_size
+                behind = (full > table.num_published[rows]).nonzero()[0]
+                if len(behind):
+                    self._publication.publish(rows[behind], full[behind])
 
     def append(self, seqs: Sequence[int] | Int64Array, token_ids: Sequence[int] | Int32Array) -> None:
         """Make one more token of each sequence known without computing anything; arguments and errors as for ``complete``."""
         rows = self._rows_to_change(seqs)
-        self._append_tokens(rows, *self._check_next(rows, token_ids))
+        nexts = self._check_next(rows, token_ids)
+        with self._table.change:
+            self._append_tokens(rows, *nexts)
 
     def cancel(self, seqs: Sequence[int] | Int64Array) -> None:
         """Undo what ``extend`` reserved, because the step did not run to its end.
@@ -327,7 +333,8 @@ class KVCacheManager:
         table = self._table
         kept = table.num_computed[rows]
         kept = np.where(table.copy_pending[rows], kept // self._block_size * self._block_size, kept)
-        self._reservations.cut(rows, kept)
+        with table.change:
+            self._reservations.cut(rows, kept)
 
     def fork(self, seq: int, count: int) -> Int64Array:
         """Make ``count`` sequences that share all of a sequence's blocks; whoever writes into a shared block first gets a copy.
@@ -349,15 +356,16 @@ class KVCacheManager:
         if table.num_reserved[row] != table.num_computed[row]:
             raise InvalidRequestError(f"sequence handle {seq} has reserved slots: complete or cancel its step before forking it")
         held = int(table.num_blocks[row])
-        for index, group in enumerate(self._groups):
-            group.pool.acquire(np.tile(table.block_tables[index, row, :held], count))
-        rows, seqs = table.open_rows(count)
-        table.block_tables[:, rows] = table.block_tables[:, row : row + 1]
-        table.token_ids[rows] = table.token_ids[row]
-        for column in (table.num_tokens, table.num_reserved, table.num_computed, table.num_blocks, table.num_published, table.roots):
-            column[rows] = column[row]
-        table.mark_tails_shared(np.append(rows, row))
-        return seqs
+        with table.change:
+            for index, group in enumerate(self._groups):
+                group.pool.acquire(np.tile(table.block_tables[index, row, :held], count))
+            rows, seqs = table.open_rows(count)
+            table.block_tables[:, rows] = table.block_tables[:, row : row + 1]
+            table.token_ids[rows] = table.token_ids[row]
+            for column in (table.num_tokens, table.num_reserved, table.num_computed, table.num_blocks, table.num_published, table.roots):
+                column[rows] = column[row]
+            table.mark_tails_shared(np.append(rows, row))
+            return seqs
 
     def truncate(self, seqs: Sequence[int] | Int64Array, num_tokens: Sequence[int] | Int32Array) -> None:
         """Forget the tokens behind the first ``num_tokens`` of each sequence, and give back the blocks that only they used.
@@ -373,11 +381,12 @@ class KVCacheManager:
             raise InvalidRequestError(
                 f"cannot truncate to {lengths.tolist()} tokens: each must be from 1 to what is known, {known.tolist()}"
             )
-        self._table.num_tokens[rows] = lengths
         pending = self._table.copy_pending[rows]
         computed = self._table.num_computed[rows]
         computed = np.where(pending, computed // self._block_size * self._block_size, computed)
-        self._reservations.cut(rows, np.minimum(computed, lengths))
+        with self._table.change:
+            self._table.num_tokens[rows] = lengths
+            self._reservations.cut(rows, np.minimum(computed, lengths))
 
     def release(self, seqs: Sequence[int] | Int64Array) -> None:
         """End sequences and let go of their blocks; published blocks stay findable until they are evicted.
@@ -386,9 +395,10 @@ class KVCacheManager:
             UnknownHandleError, StaleHandleError: naming the handle; a second release is stale.
         """
         rows = self._rows_to_change(seqs)
-        for index, group in enumerate(self._groups):
-            group.pool.release(self._table_ids(index, rows, tail_first=True))
-        self._table.close_rows(rows)
+        with self._table.change:
+            for index, group in enumerate(self._groups):
+                group.pool.release(self._table_ids(index, rows, tail_first=True))
+            self._table.close_rows(rows)
 
     def pin(self, token_ids: Sequence[int] | Int32Array, namespace: str = "") -> tuple[int, int]:
         """Hold the cached prefix of these tokens, so that it cannot be evicted.
@@ -396,13 +406,15 @@ class KVCacheManager:
         Returns:
             a pin for ``unpin``, and how many tokens it holds.
         """
+        self._table.change.check()
         match = self.match(token_ids, namespace)
         held = tuple(np.array(ids, dtype=np.int32) for ids in match.block_ids)
-        for group, ids in zip(self._groups, held, strict=True):
-            group.pool.acquire(ids)
-        pin, self._next_pin = self._next_pin, self._next_pin + 1
-        self._pins[pin] = held
-        return pin, match.num_tokens
+        with self._table.change:
+            for group, ids in zip(self._groups, held, strict=True):
+                group.pool.acquire(ids)
+            pin, self._next_pin = self._next_pin, self._next_pin + 1
+            self._pins[pin] = held
+            return pin, match.num_tokens
 
     def unpin(self, pin: int) -> None:
         """Let go of a pinned prefix.
@@ -411,13 +423,15 @@ class KVCacheManager:
             UnknownHandleError: never issued.
             StaleHandleError: let go of already.
         """
+        self._table.change.check()
         pin = checks.integer("pin", pin, least=-(2**63), error=InvalidRequestError)
         if not 0 < pin < self._next_pin:
             raise UnknownHandleError(f"pin {pin} was never issued by this manager")
         if pin not in self._pins:
             raise StaleHandleError(f"pin {pin} was released")
-        for group, ids in zip(self._groups, self._pins.pop(pin), strict=True):
-            group.pool.release(ids[::-1])
+        with self._table.change:
+            for group, ids in zip(self._groups, self._pins.pop(pin), strict=True):
+                group.pool.release(ids[::-1])
 
     def purge(self, namespace: str = "") -> int:
         """Make everything that a namespace has published unfindable, for good; live sequences go on and publish no more.
@@ -425,21 +439,23 @@ class KVCacheManager:
         Returns:
             how many blocks were forgotten, over all groups. Cost: O(blocks).
         """
+        self._table.change.check()
         root = self._namespaces.find(as_namespace(namespace))
         if root is None:
             return 0
         self._cohort = None
         purged = 0
-        for group in self._groups:
-            ids = group.cache.blocks_of(root)
-            group.forget(ids)
-            purged += len(ids)
-        table = self._table
-        mine = table.live_rows[table.roots[table.live_rows] == root]
-        table.roots[mine] = 0
-        table.num_published[mine] = 0
-        self._namespaces.forget(namespace)
-        return purged
+        with self._table.change:
+            for group in self._groups:
+                ids = group.cache.blocks_of(root)
+                group.forget(ids)
+                purged += len(ids)
+            table = self._table
+            mine = table.live_rows[table.roots[table.live_rows] == root]
+            table.roots[mine] = 0
+            table.num_published[mine] = 0
+            self._namespaces.forget(namespace)
+            return purged
 
     def distrust(self, seqs: Sequence[int] | Int64Array) -> int:
         """Make the published blocks of these sequences unfindable, and all that continue them: what they hold may be wrong.
@@ -454,17 +470,18 @@ class KVCacheManager:
         """
         rows = self._rows_to_change(seqs)
         table, forgotten = self._table, 0
-        for tables, group in zip(table.block_tables, self._groups, strict=True):
-            published = [tables[row, : table.num_published[row]] for row in rows.tolist()]
-            ids = group.cache.continuations_of(np.concatenate([np.zeros(0, np.int32), *published]))
-            group.forget(ids)
-            forgotten += len(ids)
-        public = table.live_rows[table.num_published[table.live_rows] > 0]
-        # Chains are forgotten from their first block on, so who has any of them among its published ones has that one.
-        doubtful = public[~self._groups[0].pool.is_cached(table.block_tables[0, public, 0])]
-        table.roots[doubtful] = 0
-        table.num_published[doubtful] = 0
-        return forgotten
+        with table.change:
+            for tables, group in zip(table.block_tables, self._groups, strict=True):
+                published = [tables[row, : table.num_published[row]] for row in rows.tolist()]
+                ids = group.cache.continuations_of(np.concatenate([np.zeros(0, np.int32), *published]))
+                group.forget(ids)
+                forgotten += len(ids)
+            public = table.live_rows[table.num_published[table.live_rows] > 0]
+            # Chains are forgotten from their first block on, so who has any of them among its published ones has that one.
+            doubtful = public[~self._groups[0].pool.is_cached(table.block_tables[0, public, 0])]
+            table.roots[doubtful] = 0
+            table.num_published[doubtful] = 0
+            return forgotten
 
     # Accounts.
 
@@ -492,8 +509,9 @@ class KVCacheManager:
         """Verify every invariant of pools, caches and tables; O(everything).
 
         Raises:
-            InvariantError: naming the first that is broken; ``pagedkv.core.auditing`` lists them.
+            InvariantError: naming the first that is broken; ``pagedkv.core.auditing`` lists them. Or a command was stopped in the middle.
         """
+        self._table.change.check()
         auditing.check(self._table, self._groups, self._pins)
 
     # How it is done.
@@ -501,6 +519,7 @@ class KVCacheManager:
     def _rows_to_change(self, seqs: Sequence[int] | Int64Array) -> Int64Array:
         """Rows of live handles, for a command that changes them: what the cohort has worked out ahead does not hold any more."""
         self._cohort = None
+        self._table.change.check()
         return self.rows_of(seqs)
 
     def _extend_by_one(self, seqs: Sequence[int] | Int64Array) -> Extension:

@@ -49,26 +49,30 @@ class Reservations:
         offsets = start - columns * self._size
         cells = self._table.cells(rows, columns)
         fresh = (offsets == 0).nonzero()[0]  # a table holds exactly the blocks that its slots need, so only a full one grows
-        copies = self._prepare(rows, len(fresh))
-        if len(fresh):
-            self.open_blocks(cells[fresh])
-            self._table.num_blocks[rows[fresh]] = columns[fresh] + 1
-        self._table.num_reserved[rows] = end = start + 1
-        return Extension(self._slots(cells, offsets), start, end, copies)
+        writers = self._check_room(rows, len(fresh))
+        with self._table.change:
+            copies = self._copy_tails(rows, writers) if writers else self.no_copies
+            if len(fresh):
+                self.open_blocks(cells[fresh])
+                self._table.num_blocks[rows[fresh]] = columns[fresh] + 1
+            self._table.num_reserved[rows] = end = start + 1
+            return Extension(self._slots(cells, offsets), start, end, copies)
 
     def grow(self, rows: Int64Array, start: Int32Array, end: Int32Array) -> Extension:
         """Slots from ``start`` to before ``end`` in each row; raises ``OutOfBlocksError`` before any change."""
         missing = self.missing_blocks(rows, end)
         total = int(missing.sum())
-        copies = self._prepare(rows, total)
-        if total:
-            self._append_blocks(rows, missing, total)
-        self._table.num_reserved[rows] = end
         counts = end - start
         positions = ranges(start, counts)
         columns, offsets = np.divmod(positions, self._size)
         cells = self._table.cells(np.repeat(rows, counts), columns)
-        return Extension(self._slots(cells, offsets), positions, end, copies)
+        writers = self._check_room(rows, total)
+        with self._table.change:
+            copies = self._copy_tails(rows, writers) if writers else self.no_copies
+            if total:
+                self._append_blocks(rows, missing, total)
+            self._table.num_reserved[rows] = end
+            return Extension(self._slots(cells, offsets), positions, end, copies)
 
     def open_blocks(self, cells: Int64Array) -> list[Int32Array]:
         """Take a block for each of these flat places of every group's table; with several groups, the caller has checked that all can."""
@@ -109,14 +113,15 @@ class Reservations:
         table.mark_tails_shared(rows[num_computed % size != 0])
         table.clear_copies(rows)
 
-    def _prepare(self, rows: Int64Array, num_new_blocks: int) -> tuple[Int32Array, ...]:
-        """Check that all blocks can be had, then copy the shared tails: nothing can fail after the first change."""
-        if not self._table.some_tail_shared:
-            self.check_available([num_new_blocks] * len(self._groups))
-            return self.no_copies
-        tails = self._tails_to_copy(rows)
-        self.check_available([num_new_blocks + len(writers) for writers in tails])
-        copies = tuple(self._copy_tails(index, writers) for index, writers in enumerate(tails))
+    def _check_room(self, rows: Int64Array, num_new_blocks: int) -> list[Int64Array]:
+        """Check that all blocks can be had; returns per group the rows whose last block is to be copied, nothing where none is shared."""
+        tails = self._tails_to_copy(rows) if self._table.some_tail_shared else []
+        writers = [len(some) for some in tails] or [0] * len(self._groups)
+        self.check_available([num_new_blocks + count for count in writers])
+        return tails
+
+    def _copy_tails(self, rows: Int64Array, tails: list[Int64Array]) -> tuple[Int32Array, ...]:
+        copies = tuple(self._copy_group_tails(index, writers) for index, writers in enumerate(tails))
         self._table.unmark_tails(rows)  # copied, or found to be held by nobody else
         return copies
 
@@ -140,7 +145,7 @@ class Reservations:
         copying[last[kept]] = False
         return rows[copying]
 
-    def _copy_tails(self, index: int, rows: Int64Array) -> Int32Array:
+    def _copy_group_tails(self, index: int, rows: Int64Array) -> Int32Array:
         if not len(rows):
             return self.no_copies[index]
         group, table = self._groups[index], self._table

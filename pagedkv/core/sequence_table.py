@@ -12,6 +12,7 @@ import numpy as np
 from pagedkv.checks import integer
 from pagedkv.core.arguments import as_handles
 from pagedkv.core.report import SequenceSnapshot
+from pagedkv.core.transaction import Transaction
 from pagedkv.errors import InvalidRequestError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import Int32Array, Int64Array
 
@@ -47,6 +48,7 @@ class SequenceTable:
         roots: ``[R]`` int32 namespace roots; 0 for a row that may not publish any more.
         tail_shared: ``[R]`` bool, the last block may be held by others too, so look before writing into it.
         copy_pending: ``[R]`` bool, the last block is a copy that the current step has still to make.
+        change: open while a command changes the table or the blocks that it names; nobody may go on when it is open between commands.
     """
 
     def __init__(self, max_num_seqs: int, *, num_groups: int, block_size: int, max_blocks: int) -> None:
@@ -57,6 +59,7 @@ class SequenceTable:
             ("max_blocks", max_blocks),
         ):
             integer(name, value, least=1, most=_ROW_MASK)
+        self.change = Transaction("the manager")
         self._block_size = block_size
         self._max_blocks = max_blocks
         columns = min(max_blocks, 16)
@@ -242,10 +245,10 @@ class SequenceTable:
         )
 
     def _lay_out(self, block_tables: Int32Array, token_ids: Int32Array) -> None:
-        self.block_tables, self.token_ids = block_tables, token_ids
-        self.flat_block_tables = tuple(tables.reshape(-1) for tables in block_tables)
-        self.flat_token_ids = token_ids.reshape(-1)
-        self.token_blocks = token_ids.reshape(-1, self._block_size)
+        flat, blocks = tuple(tables.reshape(-1) for tables in block_tables), token_ids.reshape(-1, self._block_size)
+        laid_out = block_tables, flat, token_ids, token_ids.reshape(-1), blocks
+        # In one statement: an exception from outside finds all of the old arrays here, or all of the new ones.
+        self.block_tables, self.flat_block_tables, self.token_ids, self.flat_token_ids, self.token_blocks = laid_out
 
     def _refuse(self, seqs: Int64Array) -> None:
         rows = seqs & _ROW_MASK

@@ -18,7 +18,7 @@ from pagedkv.scheduling.waiting import WaitingQueue
 
 
 class Admission:
-    """Picks waiting branches one by one and opens their sequences when everything they know fits beside what runs."""
+    """Picks waiting branches one by one, when everything they know fits beside what runs, and opens their sequences."""
 
     def __init__(self, manager: KVCacheManager, config: SchedulerConfig, running: RunningSet, waiting: WaitingQueue) -> None:
         self._manager = manager
@@ -33,8 +33,8 @@ class Admission:
         """Forget what was computed for the step before."""
         self._margin = None
 
-    def next(self, step: int, *, preempted: bool) -> tuple[Branch, Opened] | None:
-        """Open a sequence for the branch whose turn it is; None when none may start in this step. The branch stays in the queue.
+    def next(self, step: int, *, preempted: bool) -> Branch | None:
+        """The branch whose turn it is and for whom there is room, left in the queue; None when none may start in this step.
 
         The policy's order is kept: behind one that has to wait for blocks nobody overtakes. Only who waits for a prefix steps aside.
         """
@@ -53,11 +53,12 @@ class Admission:
                 branch.record.note(EventKind.WAITING, step, reason=WaitReason.PREFIX, num_tokens=num_computed, shared_with=shared_with)
                 self._waiting.defer(branch, row, num_computed)
                 continue
-            if not self._has_room(branch, match, step):
-                return None
-            request = branch.request
-            opened = self._manager.open([branch.token_ids], [request.namespace], use_cache=not request.wants_prompt_logits)
-            return branch, opened
+            return branch if self._has_room(branch, match, step) else None
+
+    def open(self, branch: Branch) -> Opened:
+        """Open a sequence for a branch that ``next`` gave."""
+        request = branch.request
+        return self._manager.open([branch.token_ids], [request.namespace], use_cache=not request.wants_prompt_logits)
 
     def note_started(self, branch: Branch) -> None:
         """Note that an admitted branch has its row and begins to compute its prompt."""

@@ -26,11 +26,6 @@ class PlanBuilder:
         self._extensions: list[Extension] = []
         self.num_tokens = 0
 
-    @property
-    def rows(self) -> list[int]:
-        """Rows added so far."""
-        return [*self.decodes.tolist(), *(row for row, _, _ in self._prefills)]
-
     def add_decodes(self, rows: Int64Array) -> None:
         """Reserve one slot in each row; raises ``OutOfBlocksError`` before any change."""
         seqs = self._running.seqs if rows is self._running.rows else self._manager.table.handles_of(rows)
@@ -54,10 +49,6 @@ class PlanBuilder:
         self._extensions.append(self._manager.extend(handle, np.array([num_tokens], dtype=np.int32)))
         self._prefills.append((row, start, num_tokens))
         self.num_tokens += num_tokens
-
-    def abandon(self) -> None:
-        """Give back all that was reserved."""
-        self._manager.cancel(self._manager.table.handles_of(np.array(self.rows, dtype=np.int64)))
 
     def build(self, step: int) -> StepPlan:
         """Freeze the plan; O(tokens), a fixed number of array operations for the decodes."""

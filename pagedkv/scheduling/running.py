@@ -58,9 +58,10 @@ class RunningSet:
     def rows(self) -> Int64Array:
         """``[n]`` int64 rows of running branches, in order of admission; the same array until the set changes."""
         if self._rows is None:
-            self._rows = np.array(self._members, dtype=np.int64)
-            self._seqs = self._table.handles_of(self._rows)
-            self._seqs.flags.writeable = False
+            rows = np.array(self._members, dtype=np.int64)
+            seqs = self._table.handles_of(rows)
+            seqs.flags.writeable = False
+            self._rows, self._seqs = rows, seqs
         return self._rows
 
     @property

@@ -18,6 +18,7 @@ import numpy as np
 from pagedkv.checks import integer, shown, text
 from pagedkv.core import CheckLevel, KVCacheManager
 from pagedkv.core.arguments import as_counts
+from pagedkv.core.transaction import Transaction
 from pagedkv.errors import (
     ConfigError,
     DuplicateRequestError,
@@ -80,8 +81,11 @@ class Scheduler:
         _check_parts(manager, self.config, clock)
         check_policy(self._policy)
         self._clock = clock
+        # A token that the manager refuses is the one refusal found out inside: it checks before it changes anything.
+        self._change = Transaction("the scheduler", refusals=(InvalidRequestError,))
+        self._manager_change = manager.table.change
         self._running = RunningSet(manager.table)
-        self._waiting = WaitingQueue(self._policy)
+        self._waiting = WaitingQueue(self._policy, self._change)
         self._admission = Admission(manager, self.config, self._running, self._waiting)
         self._records: dict[str, RequestRecord] = {}
         self._books = books = Books(manager, self._running, self._waiting, self._records)
@@ -132,10 +136,11 @@ class Scheduler:
         """Verify every invariant of queues and records, between two steps; ``Books.check`` lists them. The manager has a check of its own.
 
         Raises:
-            InvariantError: naming the first that is broken; or a plan is outstanding.
+            InvariantError: naming the first that is broken; or a plan is outstanding, or a command was stopped in the middle.
 
         Cost: O(branches).
         """
+        self._check_whole()
         if self._outstanding is not None:
             raise InvariantError("a plan is outstanding: complete or undo it first")
         self._books.check()
@@ -174,16 +179,18 @@ class Scheduler:
             DuplicateRequestError: a request of this id has not ended.
             RequestTooLargeError: it can never fit; others are not disturbed.
         """
+        self._check_whole()
         self.check_fits(request)
         if request.request_id in self._records:
             raise DuplicateRequestError(f"request id {request.request_id!r} is in use: choose another, or wait for its end")
         record = RequestRecord(request, arrival=self._arrivals, arrival_time=self._clock())
-        self._arrivals += 1
         trunk = Branch(record, 0, request.prompt_token_ids, is_trunk=request.n > 1)
         record.branches.append(trunk)
         record.note(EventKind.SUBMITTED, self._step, num_prompt_tokens=len(request.prompt_token_ids), max_tokens=request.max_tokens)
-        self._records[request.request_id] = record
-        self._waiting.push(trunk)
+        with self._change:
+            self._arrivals += 1
+            self._records[request.request_id] = record
+            self._waiting.push(trunk)
 
     def plan(self) -> StepPlan | None:
         """Decide the next step and reserve its slots; None when nothing is left to do.
@@ -193,15 +200,24 @@ class Scheduler:
 
         Cost: a fixed number of array operations for all decoding branches; Python only for prefills, admissions and preemptions.
         """
+        if self._change.depth or self._manager_change.depth:
+            self._check_whole()
         if self._outstanding is not None:
             raise InvariantError("the last plan is outstanding: complete or undo it first")
         if not self._records:
             return None
-        plan = self._plan_as_before() or self._plan_anew()
-        if plan is not None:
-            self._step += 1
-            self._outstanding = plan
-        return plan
+        step = self._step
+        try:
+            plan = self._plan_as_before() or self._plan_anew()
+            if plan is not None:
+                self._step += 1
+                self._outstanding = plan
+            return plan
+        except InvariantError:
+            raise  # a bug: what shows it is left as it was found
+        except BaseException:
+            self._take_back(step)  # whatever went wrong, no slots stay reserved for a step that will not come
+            raise
 
     def complete(self, plan: StepPlan, token_ids: Int32Array) -> None:
         """Book a step that has run: what it computed is published, what it sampled is appended, who is done ends.
@@ -217,33 +233,42 @@ class Scheduler:
         self._check_outstanding(plan)
         sampled = as_counts(token_ids, len(plan.sampling_seqs), "token_ids").copy()  # the next plan shows it
         sampled.setflags(write=False)
-        steady = self._running.steady
+        steady, change = self._running.steady, self._change
         if steady is not None and steady.all_go_on(sampled):
-            self.manager.complete(plan.seqs, sampled)
+            change.depth += 1  # by hand: ``with`` would take a tenth of the scheduler's part of such a step
+            try:
+                self.manager.complete(plan.seqs, sampled)
+            except InvalidRequestError:  # a token that it refuses, before it changes anything
+                change.depth -= 1
+                raise
             self._outstanding = None
             steady.go_on(sampled)
+            change.depth -= 1
         else:
-            self._complete_tables(plan, sampled)
-            self._outstanding = None
-            rows = plan.rows if len(sampled) == plan.num_seqs else plan.rows[plan.sampling_seqs]
-            if steady is None:
-                self._after_prefills(rows)
-            self._end_branches(rows, sampled)
-            self._running.note_tokens(rows, sampled)
+            with change:
+                self._complete_tables(plan, sampled)
+                self._outstanding = None
+                rows = plan.rows if len(sampled) == plan.num_seqs else plan.rows[plan.sampling_seqs]
+                if steady is None:
+                    self._after_prefills(rows)
+                self._end_branches(rows, sampled)
+                self._running.note_tokens(rows, sampled)
         if self._doomed:
-            self._end_doomed()
+            with change:
+                self._end_doomed()
         if self._verify is not None:
             self._verify()
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
         self._check_outstanding(plan)
-        self.manager.cancel(plan.seqs)
-        self._outstanding = None
-        for row in plan.rows.tolist():
-            self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
-        if self._doomed:
-            self._end_doomed()
+        with self._change:
+            self.manager.cancel(plan.seqs)
+            self._outstanding = None
+            for row in plan.rows.tolist():
+                self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
+            if self._doomed:
+                self._end_doomed()
         if self._verify is not None:
             self._verify()
 
@@ -253,14 +278,15 @@ class Scheduler:
         Returns:
             False when no such request is alive (a no-op).
         """
+        self._check_whole()
         record = self._records.get(_as_id(request_id))
         if record is None:
             return False
         if self._outstanding is not None:
             self._doomed[request_id] = None
             return True
-        for branch in list(record.branches):
-            self._finish(branch, "abort", None)
+        with self._change:
+            self._abort(record)
         return True
 
     def preempt(self, request_id: str) -> bool:
@@ -274,13 +300,15 @@ class Scheduler:
         Raises:
             InvariantError: a plan is outstanding.
         """
+        self._check_whole()
         record = self._records.get(_as_id(request_id))
         running = [branch for branch in record.branches if branch.status is Status.RUNNING] if record else []
         if not running:
             return False
         if self._outstanding is not None:
             raise InvariantError("a request cannot be preempted while a plan is outstanding: complete or undo it first")
-        self._preempt(running)
+        with self._change:
+            self._preempt(running)
         return True
 
     def finish(
@@ -291,6 +319,7 @@ class Scheduler:
         Returns:
             False when the branch has ended already (a no-op).
         """
+        self._check_whole()
         record = self._records.get(_as_id(request_id))
         index = integer("index", index, least=-(2**63), error=InvalidRequestError)
         if reason not in get_args(FinishReason):
@@ -300,20 +329,23 @@ class Scheduler:
             return False
         if self._outstanding is not None:
             raise InvariantError("a branch cannot be ended while a plan is outstanding: complete or undo it first")
-        if error is not None:
-            record.error = error
-        self._finish(branches[0], reason, stop_reason)
+        with self._change:
+            if error is not None:
+                record.error = error
+            self._finish(branches[0], reason, stop_reason)
         return True
 
     def take_assignments(self) -> list[Assignment]:
         """Rows given to branches since the last call, in order."""
-        taken, self._assignments = self._assignments, []
-        return taken
+        with self._change:
+            taken, self._assignments = self._assignments, []
+            return taken
 
     def take_ended(self) -> list[Branch]:
         """Branches that ended since the last call, for whatever reason, in order."""
-        taken, self._newly_ended = self._newly_ended, []
-        return taken
+        with self._change:
+            taken, self._newly_ended = self._newly_ended, []
+            return taken
 
     # How it is done.
 
@@ -325,12 +357,9 @@ class Scheduler:
         decodes = (steady.seqs, steady.rows, steady.token_ids)
         try:
             extension = self.manager.extend(steady.seqs, 1)
-            return plan_of_decodes(self._step, self.manager, self._running, decodes, extension)
         except OutOfBlocksError:
             return None
-        except BaseException:
-            self.manager.cancel(steady.seqs)  # whatever went wrong, no slots stay reserved for a step that will not come
-            raise
+        return plan_of_decodes(self._step, self.manager, self._running, decodes, extension)
 
     def _plan_anew(self) -> StepPlan | None:
         builder = self._schedule()
@@ -345,14 +374,20 @@ class Scheduler:
 
     def _schedule(self) -> PlanBuilder:
         builder = PlanBuilder(self.manager, self._running)
-        try:
-            preempted = self._schedule_decodes(builder)
-            self._schedule_prefills(builder)
-            self._admit(builder, preempted=preempted)
-        except BaseException:
-            builder.abandon()  # whatever went wrong, no slots stay reserved for a step that will not come
-            raise
+        preempted = self._schedule_decodes(builder)
+        self._schedule_prefills(builder)
+        self._admit(builder, preempted=preempted)
         return builder
+
+    def _take_back(self, step: int) -> None:
+        """Give back what a plan that came to nothing has reserved, unless it was stopped in the middle of a change."""
+        table = self.manager.table
+        if self._change.depth or self._manager_change.depth:
+            return
+        with self._change:
+            rows = self._running.rows
+            self._step, self._outstanding = step, None
+            self.manager.cancel(table.handles_of(rows[table.num_reserved[rows] != table.num_computed[rows]]))
 
     def _complete_tables(self, plan: StepPlan, sampled: Int32Array) -> None:
         """Book the step in the tables. Who should have got a token and got none may have computed K/V that are no good: take it back."""
@@ -422,7 +457,8 @@ class Scheduler:
         """Preempt somebody; with nobody left to preempt, end the oldest and say False: what it held is free for others to be admitted."""
         victims = choose_victims(self.manager, self._running, self._policy)
         if victims:
-            self._preempt(victims)
+            with self._change:
+                self._preempt(victims)
         else:
             self._give_up_oldest(needed)
         return bool(victims)
@@ -437,8 +473,10 @@ class Scheduler:
                 "the manager is used by somebody else, too, or this is a bug"
             )
         change = f"{num_pins} pinned prefixes are held: unpin some, or raise num_blocks"
-        branch.record.error = OutOfBlocksError(needed=needed, available=self.manager.num_available_blocks, change=change)
-        self._finish(branch, "error", None)
+        error = OutOfBlocksError(needed=needed, available=self.manager.num_available_blocks, change=change)
+        with self._change:
+            branch.record.error = error
+            self._finish(branch, "error", None)
 
     def _preempt(self, victims: list[Branch]) -> None:
         freed = self.manager.num_exclusive_blocks([branch.seq for branch in victims])
@@ -457,17 +495,15 @@ class Scheduler:
             return
         self._admission.begin_step()
         while builder.num_tokens < self.config.max_num_batched_tokens:
-            ticket = self._admission.next(self._step, preempted=preempted)
-            if ticket is None:
+            branch = self._admission.next(self._step, preempted=preempted)
+            if branch is None:
                 return
-            branch, opened = ticket
-            self._waiting.take(branch)
-            branch.move(Status.RUNNING)
-            self._place(branch, int(opened.seqs[0]))
-            self._admission.note_started(branch)
-            self._book_admission(branch, int(opened.num_cached_tokens[0]))
-            if branch.is_trunk and int(self._running.remaining()[-1]) == 0:
-                self._fork(branch)
+            with self._change:
+                self._start(branch)
+                computed = branch.is_trunk and int(self._running.remaining()[-1]) == 0
+                if computed:
+                    self._fork(branch)
+            if computed:
                 for child in branch.record.branches:
                     if builder.fit_chunk(child.row, self.config.max_num_batched_tokens - builder.num_tokens):
                         builder.add_prefill(child.row, 1)
@@ -475,6 +511,14 @@ class Scheduler:
             chunk = builder.fit_chunk(branch.row, self.config.max_num_batched_tokens - builder.num_tokens)
             if chunk:
                 builder.add_prefill(branch.row, chunk)
+
+    def _start(self, branch: Branch) -> None:
+        opened = self._admission.open(branch)
+        self._waiting.take(branch)
+        branch.move(Status.RUNNING)
+        self._place(branch, int(opened.seqs[0]))
+        self._admission.note_started(branch)
+        self._book_admission(branch, int(opened.num_cached_tokens[0]))
 
     def _book_admission(self, branch: Branch, num_cached_tokens: int) -> None:
         record = branch.record
@@ -547,6 +591,8 @@ class Scheduler:
                 record.first_token_time = now
 
     def _check_outstanding(self, plan: StepPlan) -> None:
+        if self._change.depth or self._manager_change.depth:
+            self._check_whole()
         if plan is None or plan is not self._outstanding:
             raise InvalidRequestError("this plan is not the outstanding one: each plan is completed or undone exactly once")
 
@@ -554,7 +600,18 @@ class Scheduler:
         """End what was aborted during the step."""
         doomed, self._doomed = self._doomed, {}
         for request_id in doomed:
-            self.abort(request_id)
+            record = self._records.get(request_id)
+            if record is not None:
+                self._abort(record)
+
+    def _abort(self, record: RequestRecord) -> None:
+        for branch in list(record.branches):
+            self._finish(branch, "abort", None)
+
+    def _check_whole(self) -> None:
+        """Raise ``InvariantError`` if the scheduler or its manager was stopped in the middle of a command."""
+        self._change.check()
+        self._manager_change.check()
 
 
 def _as_id(request_id: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 
+from pagedkv.core.transaction import Transaction
 from pagedkv.scheduling.policies import Candidate, SchedulingPolicy
 from pagedkv.scheduling.request import Branch, Status
 
@@ -15,11 +16,16 @@ from pagedkv.scheduling.request import Branch, Status
 class WaitingQueue:
     """A heap by policy rank with lazy removal: an entry whose branch is not waiting any more is skipped.
 
+    Args:
+        policy: ranks and chooses.
+        change: of whoever owns the queue; its own when not given.
+
     Cost: O(log n) to add and to take, O(lookahead) more where the policy chooses.
     """
 
-    def __init__(self, policy: SchedulingPolicy) -> None:
+    def __init__(self, policy: SchedulingPolicy, change: Transaction | None = None) -> None:
         self.policy = policy
+        self._change = Transaction("the queue") if change is None else change
         self._heap: list[tuple[tuple[int, ...], int, int, Branch]] = []
         self._queued: dict[Branch, int] = {}  # the number of its entry that counts: one that was queued before may still be in the heap
         self._deferred: dict[int, list[tuple[int, Branch]]] = {}
@@ -52,13 +58,14 @@ class WaitingQueue:
             self._drop_dead()
             return self._heap[0][3] if self._heap else None
         entries: list[tuple[tuple[int, ...], int, int, Branch]] = []
-        while len(entries) < self.policy.lookahead:
-            self._drop_dead()
-            if not self._heap:
-                break
-            entries.append(heapq.heappop(self._heap))
-        for entry in entries:
-            heapq.heappush(self._heap, entry)
+        with self._change:
+            while len(entries) < self.policy.lookahead:
+                self._drop_dead()
+                if not self._heap:
+                    break
+                entries.append(heapq.heappop(self._heap))
+            for entry in entries:
+                heapq.heappush(self._heap, entry)
         if not entries:
             return None
         branches = [entry[3] for entry in entries]
@@ -81,10 +88,11 @@ class WaitingQueue:
 
     def defer(self, branch: Branch, row: int, num_computed: int) -> None:
         """Set a queued branch aside until the sequence in ``row`` has computed so many tokens, or is gone."""
-        self.remove(branch)
-        branch.move(Status.DEFERRED)
-        self._num_deferred += 1
-        self._deferred.setdefault(row, []).append((num_computed, branch))
+        with self._change:
+            self.remove(branch)
+            branch.move(Status.DEFERRED)
+            self._num_deferred += 1
+            self._deferred.setdefault(row, []).append((num_computed, branch))
 
     def wake(self, row: int, num_computed: int | None = None) -> None:
         """Queue again who waits for ``row``: those served by ``num_computed`` tokens, or all when the row's sequence is gone."""

@@ -7,6 +7,7 @@ import pytest
 from scheduling_helpers import complete, make_scheduler, plan_of, record_of, run, running, step, submit
 
 from pagedkv.core import KVCacheManager, LeastRecentlyUsed
+from pagedkv.errors import InvalidRequestError, InvariantError
 from pagedkv.plan import Int32Array
 from pagedkv.scheduling import Scheduler
 
@@ -226,7 +227,7 @@ class Moody(LeastRecentlyUsed):
         return super().pop(count)
 
 
-def test_plan_of_a_steady_step_that_fails_leaves_nothing_reserved_and_can_be_made_again() -> None:
+def test_plan_in_which_the_eviction_policy_fails_breaks_the_manager_and_says_so() -> None:
     policies: list[Moody] = []
 
     def policy(num_blocks: int) -> Moody:
@@ -239,14 +240,45 @@ def test_plan_of_a_steady_step_that_fails_leaves_nothing_reserved_and_can_be_mad
     run(scheduler)
     submit(scheduler, "a", [90, 91, 92, 93, 94], 17)
     for token in range(4):
-        step(scheduler, token=token)
-    reserved = manager.statistics().num_reserved_tokens
+        plan = step(scheduler, token=token)
     policies[0].fails = True  # the next step opens a block, and all but those of "a" are cached
     with pytest.raises(RuntimeError, match="not today"):
         scheduler.plan()
-    manager.check()
-    assert manager.statistics().num_reserved_tokens == reserved
-    policies[0].fails = False
-    run(scheduler, token=5)
+    policies[0].fails = False  # nobody knows what it has done before it failed
+    for refused in (
+        manager.check,
+        scheduler.check,
+        scheduler.plan,
+        lambda: scheduler.undo(plan),
+        lambda: submit(scheduler, "b", 4),
+        lambda: scheduler.abort("a"),
+    ):
+        with pytest.raises(InvariantError, match="the manager was stopped in the middle of a command"):
+            refused()
+
+
+def test_steady_step_with_a_token_that_is_refused_stays_outstanding() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", 3, 6)
+    for token in range(3):
+        step(scheduler, token=token)
+    plan = plan_of(scheduler)
+    before = scheduler.manager.snapshot()
+    with pytest.raises(InvalidRequestError, match="token id -2"):
+        scheduler.complete(plan, np.array([-2]))
+    assert scheduler.manager.snapshot() == before
+    complete(scheduler, plan, token=3)
+    run(scheduler, token=4)
     (branch,) = record_of(scheduler, "a").branches
-    assert branch.output_token_ids.tolist() == [0, 1, 2, 3, *[5] * 13]
+    assert branch.output_token_ids.tolist() == [0, 1, 2, 3, 4, 4]
+
+
+def test_abort_of_a_request_that_ended_with_the_step_is_no_abort() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", 3, 2)
+    step(scheduler, token=1)
+    plan = plan_of(scheduler)
+    assert scheduler.abort("a")
+    complete(scheduler, plan, token=2)
+    (branch,) = record_of(scheduler, "a").branches
+    assert branch.finish_reason == "length"
