@@ -67,8 +67,8 @@ class LLM:
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
         pack_linears: whether linear layers on the CPU run with repacked copies of their weights, which take memory beside the model's own;
             ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
-        fuse: whether norms, gates of MLPs and rotations on the CPU run as one native operation each where that is proven to compute the
-            same. See ``ModelRunner`` and ``runner.fusion``.
+        fuse: whether norms, gates of MLPs, rotations and whole decoder layers on the CPU run as native operations where these are proven
+            to compute the same. See ``ModelRunner`` and ``runner.fusion``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
         check: how closely blocks, tables and queues are watched: ``"off"``; ``"step"``, conservation laws; ``"audit"``, everything after

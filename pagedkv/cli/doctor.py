@@ -108,7 +108,8 @@ def _model(options: argparse.Namespace) -> list[Finding]:
         ),
         Finding(
             "fused parts",
-            f"{len(fusion.modules)} norms and MLPs, the rotation of {', '.join(fusion.rotations) or 'no modeling file'}",
+            f"{len(fusion.layers)} whole layers, {len(fusion.modules)} norms and MLPs, the rotation of "
+            f"{', '.join(fusion.rotations) or 'no modeling file'}",
             (fusion.reason,) if fusion.reason else (),
         ),
     ]

@@ -7,11 +7,11 @@ module is copied without its weights, the copy is given small random ones, and w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,27 @@ _BOUND = 1e-5  # of a difference in float32, relative to the largest result: ord
 _WIDTH, _INNER = 8, 12  # of the small weights
 _NOT_PLAIN = ("_forward_hooks", "_forward_pre_hooks", "_buffers")
 
-Compute = Callable[[Tensor], Tensor | None]
+Compute = Callable[..., Tensor | None]
+Place = tuple[dict[str, nn.Module | None], str]  # the modules of a parent, and a name among them
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What a norm was found to be: the attribute that holds its epsilon, and the form as an index of ``NORM_FORMS``."""
+
+    epsilon: str
+    form: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """What an MLP was found to be: the names of its children, and the form as an index of ``GATE_FORMS``."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+    form: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,14 +54,16 @@ class Fused:
     Attributes:
         name: its dotted name.
         module: the module.
-        places: the modules of a parent, and its name among them; more than one where parents share it.
+        found: what it was found to be.
+        places: where it stands; more than one where parents share it.
         stand_in: what takes the places during a step.
-        still: whether the module is what it was when it was looked at.
+        still: whether the module is what it was when it was looked at; a module with hooks is not: they are told which module they serve.
     """
 
     name: str
     module: nn.Module
-    places: list[tuple[dict[str, nn.Module | None], str]]
+    found: Norm | GatedMlp
+    places: list[Place]
     stand_in: nn.Module
     still: Callable[[], bool]
 
@@ -64,20 +86,35 @@ def find_fusable(model: nn.Module, operations: Operations) -> list[Fused]:
     return [entry for entry in found.values() if entry is not None]
 
 
+class StandsIn(Protocol):
+    """What ``in_place`` needs of a module that is fused."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+
+    @property
+    def places(self) -> list[Place]:
+        """Where it stands."""
+
+    @property
+    def stand_in(self) -> nn.Module:
+        """What takes the places."""
+
+
 @contextmanager
-def in_place(entries: list[Fused]) -> Iterator[None]:
+def in_place(entries: Sequence[StandsIn]) -> Iterator[None]:
     """Put the stand-ins where their modules are for a ``with`` block, and the modules back whatever happens.
 
-    A module that was replaced, or has hooks by now (they are told which module they serve), stays. Steps of one model must not overlap.
+    A module that was replaced stays. Steps of one model must not overlap.
     """
     swapped = []
     try:
         for entry in entries:
-            if entry.still():
-                for modules, name in entry.places:
-                    if modules.get(name) is entry.module:
-                        modules[name] = entry.stand_in
-                        swapped.append((modules, name, entry))
+            for modules, name in entry.places:
+                if modules.get(name) is entry.module:
+                    modules[name] = entry.stand_in
+                    swapped.append((modules, name, entry))
         yield
     finally:
         for modules, name, entry in swapped:
@@ -86,7 +123,7 @@ def in_place(entries: list[Fused]) -> Iterator[None]:
 
 
 def _looked_at(name: str, module: nn.Module, operations: Operations) -> Fused | None:
-    if not _is_plain(module) or "forward" in vars(module) or module._compiled_call_impl is not None:
+    if not is_plain(module):
         return None
     children = [child for child in module._modules.values() if child is not None]
     with torch.no_grad():
@@ -97,21 +134,24 @@ def _looked_at(name: str, module: nn.Module, operations: Operations) -> Fused | 
     return None
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor buffers, and computes what its class says."""
     attributes = vars(module)
+    if "forward" in attributes or attributes.get("_compiled_call_impl") is not None:
+        return False
     return not any(attributes[name] for name in _NOT_PLAIN)
 
 
-def _stand_in(module: nn.Module, compute: Compute) -> nn.Module:
+def stand_in_for(module: nn.Module, compute: Compute) -> nn.Module:
     """An object of a class derived from the module's own, with the module's own ``__dict__``: to others it is the module.
 
-    Without a step in this thread, or where a gradient is recorded, it computes what the module does.
+    Without a step in this thread, where a gradient is recorded, or where ``compute`` gives None, it computes what the module does.
     """
     cls = type(module)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and active_step() is not None and not torch.is_grad_enabled():
-            result = compute(args[0])
+        if len(args) == 1 and active_step() is not None and not torch.is_grad_enabled():
+            result = compute(args[0], **kwargs)
             if result is not None:
                 return result
         return module.forward(*args, **kwargs)
@@ -130,7 +170,7 @@ def _itself(module: nn.Module) -> nn.Module:
     return module
 
 
-def _emptied(module: nn.Module, parameters: dict[str, nn.Parameter | None], modules: dict[str, nn.Module | None]) -> nn.Module:
+def emptied(module: nn.Module, parameters: dict[str, nn.Parameter | None], modules: dict[str, nn.Module | None]) -> nn.Module:
     """A shallow copy that computes with other weights or children."""
     probe = copy.copy(module)
     vars(probe).update(_parameters=parameters, _modules=modules)
@@ -149,17 +189,17 @@ def _as_norm(name: str, module: nn.Module, operations: Operations) -> Fused | No
         return None
     generator = torch.Generator().manual_seed(_SEED)
     random = torch.randn(weight.shape, generator=generator)
-    probe = _emptied(module, {"weight": nn.Parameter(random, requires_grad=False)}, {})
+    probe = emptied(module, {"weight": nn.Parameter(random, requires_grad=False)}, {})
     rows = torch.randn((1, 3, weight.shape[0]), generator=generator)
     # Small rows, because only there the number that is added to the mean shows.
     samples = [rows, rows * 1e-3]
-    theirs = [_tried(probe, sample) for sample in samples]
+    theirs = [tried(probe, sample) for sample in samples]
     for attribute in [key for key, value in vars(module).items() if type(value) is float and value > 0]:
         for form in (0, len(NORM_FORMS) - 1):
             ours = [operations.norm(sample, random, vars(module)[attribute], form) for sample in samples]
             if all(_agree(mine, their) for mine, their in zip(ours, theirs, strict=True)):
-                form = _rounding(module, rows.to(weight.dtype), attribute, form, operations)
-                return Fused(name, module, [], _stand_in(module, _norm_of(module, attribute, form, operations)), lambda: _is_plain(module))
+                norm = Norm(attribute, _rounding(module, rows.to(weight.dtype), attribute, form, operations))
+                return Fused(name, module, norm, [], stand_in_for(module, _norm_of(module, norm, operations)), lambda: is_plain(module))
     return None
 
 
@@ -168,18 +208,18 @@ def _rounding(module: nn.Module, rows: Tensor, attribute: str, form: int, operat
     if form == len(NORM_FORMS) - 1 or rows.dtype == torch.float32:
         return form
     random = torch.linspace(0.3, 1.7, rows.shape[-1]).to(rows.dtype)
-    theirs = _tried(_emptied(module, {"weight": nn.Parameter(random, requires_grad=False)}, {}), rows)
+    theirs = tried(emptied(module, {"weight": nn.Parameter(random, requires_grad=False)}, {}), rows)
     wrong = [int((operations.norm(rows, random, vars(module)[attribute], kind) != theirs).sum()) for kind in (0, 1)]
     return int(wrong[1] < wrong[0])
 
 
-def _norm_of(module: nn.Module, attribute: str, form: int, operations: Operations) -> Compute:
-    attributes, norm = vars(module), operations.norm
+def _norm_of(module: nn.Module, found: Norm, operations: Operations) -> Compute:
+    attributes, norm, attribute, form = vars(module), operations.norm, found.epsilon, found.form
     parameters = module._parameters
 
-    def compute(x: Tensor) -> Tensor | None:
+    def compute(x: Tensor, **unknown: object) -> Tensor | None:
         weight, epsilon = parameters["weight"], attributes.get(attribute)
-        if weight is None or type(epsilon) is not float or x.dtype is not weight.dtype or x.dtype not in DTYPES:
+        if unknown or weight is None or type(epsilon) is not float or x.dtype is not weight.dtype or x.dtype not in DTYPES:
             return None
         if x.device.type != "cpu" or x.shape[-1] != weight.shape[0] or not weight.is_contiguous() or x.numel() == 0:
             return None
@@ -194,12 +234,12 @@ def _as_gated_mlp(name: str, module: nn.Module, operations: Operations) -> Fused
     if len(linears) != 3 or any(child is None or next(child.parameters(), None) is not None for child in others.values()):
         return None
     ((key, activation),) = others.items()
-    if activation is None or not _is_plain(activation):
+    if activation is None or not is_plain(activation):
         return None
     modules, function = module._modules, activation
 
     def still() -> bool:
-        return _is_plain(module) and modules.get(key) is function and _is_plain(function)
+        return is_plain(module) and modules.get(key) is function and is_plain(function)
 
     generator = torch.Generator().manual_seed(_SEED)
     rows = torch.randn((1, 3, _WIDTH), generator=generator) * 2
@@ -208,12 +248,12 @@ def _as_gated_mlp(name: str, module: nn.Module, operations: Operations) -> Fused
         if sizes != ({linears[down].out_features}, {linears[down].in_features}):
             continue
         small = {child: _small_linear(linears[child], child == down, generator) for child in linears}
-        theirs = _tried(_emptied(module, {}, {**small, key: activation}), rows)
+        theirs = tried(emptied(module, {}, {**small, key: activation}), rows)
         for form in range(len(GATE_FORMS)):
             ours = small[down](operations.gate(small[gate](rows), small[up](rows), form))
             if _agree(ours, theirs):
-                compute = _gated_of(module, (gate, up, down), function, form, operations)
-                return Fused(name, module, [], _stand_in(module, compute), still)
+                mlp = GatedMlp(gate, up, down, key, form)
+                return Fused(name, module, mlp, [], stand_in_for(module, _gated_of(module, mlp, function, operations)), still)
     return None
 
 
@@ -225,14 +265,14 @@ def _small_linear(linear: nn.Linear, is_down: bool, generator: torch.Generator) 
     return small
 
 
-def _gated_of(module: nn.Module, names: tuple[str, str, str], activation: nn.Module, form: int, operations: Operations) -> Compute:
+def _gated_of(module: nn.Module, found: GatedMlp, activation: nn.Module, operations: Operations) -> Compute:
     modules, fused = module._modules, operations.gate
-    gate_name, up_name, down_name = names
+    gate_name, up_name, down_name, form = found.gate, found.up, found.down, found.form
 
-    def compute(x: Tensor) -> Tensor | None:
+    def compute(x: Tensor, **unknown: object) -> Tensor | None:
         # The linears are called as they stand there now: packed, with an adapter, with hooks.
         gate, up, down = modules[gate_name], modules[up_name], modules[down_name]
-        if gate is None or up is None or down is None:
+        if unknown or gate is None or up is None or down is None:
             return None
         left, right = gate(x), up(x)
         known = left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape and left.device.type == "cpu"
@@ -245,7 +285,7 @@ def _gated_of(module: nn.Module, names: tuple[str, str, str], activation: nn.Mod
     return compute
 
 
-def _tried(module: nn.Module, rows: Tensor) -> Any:
+def tried(module: nn.Module, rows: Tensor) -> Any:
     """What a module makes of rows, or None: it was not made for such a call."""
     try:
         return module(rows)

@@ -1,24 +1,26 @@
 """What of a model runs as one native operation during a step: norms, the gates of its MLPs, the rotation of queries and keys.
 
-Owns the choice and the report. What is proven, and how it comes into the model, is in ``fused_modules.py`` and ``fused_rotation.py``.
+Owns the choice and the report. What is proven, and how it comes into the model, is in ``fused_modules.py``, ``fused_rotation.py`` and, for
+whole decoder layers, ``fused_layers.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.operations import Operations
 from pagedkv.errors import ConfigError
-from pagedkv.models import fused_modules, fused_rotation
+from pagedkv.models import fused_layers, fused_modules, fused_rotation
 from pagedkv.models.compiled import is_compiled
-from pagedkv.models.packed_linears import has_global_hooks
+from pagedkv.models.packed_linears import PackedLinears, has_global_hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,13 @@ class FusionReport:
     """Which parts of a model run as one native operation each.
 
     Attributes:
-        modules: names of the norms and gated MLPs that do.
+        layers: names of the decoder layers that run as one function of such operations and packed products.
+        modules: names of the norms and gated MLPs that do, those of these layers among them.
         rotations: the modeling modules whose rotary embedding does.
         reason: why no part does; None when any does.
     """
 
+    layers: tuple[str, ...]
     modules: tuple[str, ...]
     rotations: tuple[str, ...]
     reason: str | None
@@ -50,8 +54,11 @@ class Fusion:
     def __init__(self, model: nn.Module, wanted: bool | Literal["auto"]) -> None:
         if not (isinstance(wanted, bool) or wanted == "auto"):
             raise ConfigError(f"fuse is {wanted!r}: it must be True, False or 'auto'")
+        self._layers: list[fused_layers.FusedLayer] = []
         self._modules: list[fused_modules.Fused] = []
         self._rotations: list[fused_rotation.FusedRotation] = []
+        self._operations: Operations | None = None
+        self._model = model
         self._reason = "fuse is False" if wanted is False else self._find(model)
         if wanted is True and self._reason is not None:
             raise ConfigError(f"fuse is True but cannot be done: {self._reason}")
@@ -59,26 +66,46 @@ class Fusion:
     @property
     def report(self) -> FusionReport:
         """What is fused."""
-        names = tuple(entry.name for entry in self._modules)
-        return FusionReport(names, tuple(rotation.module for rotation in self._rotations), self._reason)
+        return FusionReport(
+            layers=tuple(layer.name for layer in self._layers),
+            modules=tuple(entry.name for entry in self._modules),
+            rotations=tuple(rotation.module for rotation in self._rotations),
+            reason=self._reason,
+        )
+
+    def fuse_layers(self, linears: PackedLinears, configs: tuple[PreTrainedConfig, ...], widths: Sequence[int]) -> None:
+        """Fuse whole decoder layers, too, where their linear layers are packed and they are proven.
+
+        Args:
+            linears: the packed layers of the model.
+            configs: what ``pointed_at_us`` takes.
+            widths: of the model's heads.
+
+        Cost: runs every attention module on three rows.
+        """
+        if self._operations is not None:
+            self._layers = fused_layers.find_layers(self._model, self._modules, linears, configs, widths, self._operations)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put what is fused in its places for a ``with`` block, and the model's own back whatever happens.
+        """Put what is fused in its places for a ``with`` block, and the model's own back whatever happens. Packed layers are in place.
 
         Cost: about a microsecond a module.
         """
         if torch.is_autocast_enabled("cpu") or has_global_hooks():
             yield
             return
-        with fused_modules.in_place(self._modules), fused_rotation.in_place(self._rotations):
+        layers = [layer for layer in self._layers if layer.still()]
+        covered = {id(part) for layer in layers for part in layer.parts}
+        modules = [entry for entry in self._modules if id(entry) not in covered and entry.still()]
+        with fused_modules.in_place([*layers, *modules]), fused_rotation.in_place(self._rotations):
             yield
 
     def give_up(self, reason: str) -> bool:
         """Fuse nothing any more, for a reason; returns whether anything was."""
         had = bool(self._modules or self._rotations)
         if had:
-            self._modules, self._rotations, self._reason = [], [], reason
+            self._layers, self._modules, self._rotations, self._reason = [], [], [], reason
         return had
 
     def _find(self, model: nn.Module) -> str | None:
@@ -89,7 +116,7 @@ class Fusion:
         loaded = load_library()
         if loaded.library is None:
             return f"the native library is missing: {'; '.join(loaded.reasons)}"
-        operations = Operations(loaded.library)
-        self._modules = fused_modules.find_fusable(model, operations)
-        self._rotations = fused_rotation.find_rotations(model, operations)
+        self._operations = Operations(loaded.library)
+        self._modules = fused_modules.find_fusable(model, self._operations)
+        self._rotations = fused_rotation.find_rotations(model, self._operations)
         return None if self._modules or self._rotations else "no module of the model computes what an operation does"

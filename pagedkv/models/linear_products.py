@@ -103,10 +103,10 @@ class PackedProduct:
         Not checked: ``x.data`` changed in place between two siblings, which torch does not count.
         """
         if self._last == 0 or x.is_inference():  # inference tensors have no version
-            return self._all(x)[place] if self._usable() else None
+            return self._all(x)[place] if self.usable() else None
         kept = self._kept
         if kept is None or kept[0] is not x or kept[1] != x._version or place not in kept[2]:
-            if not self._usable():
+            if not self.usable():
                 return None
             # One assignment: another thread that steps another model through this one sees all of it or nothing.
             self._kept = kept = (x, x._version, dict(enumerate(self._all(x))))
@@ -119,7 +119,7 @@ class PackedProduct:
         """Drop a product that was kept for a sibling that did not come."""
         self._kept = None
 
-    def _usable(self) -> bool:
+    def usable(self) -> bool:
         """Whether there is a product of the weights as they are now; packs them again when they were changed."""
         if self.reason is None:
             # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
@@ -137,8 +137,19 @@ class PackedProduct:
                     self._pack()
         return self.reason is None
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Output features of each linear."""
+        return self._sizes
+
+    def whole(self, x: Tensor) -> Tensor:
+        """What all linears make of ``x [..., in_features]``, side by side; only right while ``usable()``."""
+        if x.dtype is self._dtype:
+            return self._multiply(x, self._weight, self._bias, "none", [], "")
+        return self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
+
     def _all(self, x: Tensor) -> Sequence[Tensor]:
-        product = self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
+        product = self.whole(x)
         return (product,) if self._last == 0 else torch.split_with_sizes(product, self._sizes, -1)
 
     def _pack(self) -> None:

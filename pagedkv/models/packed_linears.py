@@ -73,6 +73,16 @@ class PackedLinear(nn.Linear):
         for name, value in {"__dict__": vars(linear), **own}.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def product(self) -> PackedProduct:
+        """What computes it."""
+        return self._product
+
+    @property
+    def place(self) -> int:
+        """The layer's place in the product."""
+        return self._place
+
     def forward(self, input: Tensor) -> Tensor:
         """``[..., out_features]`` of ``input [..., in_features]``."""
         if input.dtype is self._dtype and active_step() is not None and not torch.is_grad_enabled():
@@ -129,6 +139,10 @@ class PackedLinears:
             plain=MappingProxyType({**self._census.plain, **failed}),
             reason=self._reason,
         )
+
+    def stand_in(self, linear: nn.Module) -> PackedLinear | None:
+        """What stands in for a layer, if anything does."""
+        return next((stand_in for _, _, layer, stand_in in self._stand_ins if layer is linear), None)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

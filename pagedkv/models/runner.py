@@ -55,8 +55,9 @@ class ModelRunner:
             packed again by the next one. Seen are other parameters or storages and all changes that torch counts; of changes
             in place through ``weight.data``, which it does not count, those that touch one of 16 numbers of the layer, as
             merging an adapter does: to write to a few rows, use ``torch.no_grad()`` instead.
-        fuse: whether norms, gates of MLPs and rotations run as one native operation each, on the CPU only, where a trial shows
-            that they compute just that. ``"auto"`` and True: all that do, but True refuses a model without any. False: none.
+        fuse: whether norms, gates of MLPs and rotations run as one native operation each, and decoder layers made of them and
+            of packed products as one function, on the CPU only, where trials show that they compute just that. ``"auto"`` and
+            True: all that do, but True refuses a model without any. False: none.
 
     Raises:
         UnsupportedModelError: the model cannot be run exactly; says why.
@@ -114,6 +115,7 @@ class ModelRunner:
         self.max_positions = max_positions(model.config)
         self.eos_token_ids = eos_token_ids(model)
         self._linears.pack()
+        self._fusion.fuse_layers(self._linears, self._configs, sorted({layer.key_dim for layer in self.layers}))
         self.report: SelfCheck = self._self_check(shape, may_unpack=pack_linears == "auto", may_unfuse=fuse == "auto")
 
     @property

@@ -90,6 +90,13 @@ class PagedStep:
         self.written.add(layer_idx)
         self.backend.write(self.pools[place], key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), self.attention)
 
+    def attend_new(self, call: AttentionCall, layer_idx: int) -> Tensor:
+        """``update`` and ``attend`` in one, for K and V that are read as they are stored: ``[1, T, Hq, Dv]``."""
+        self.update(call.key, call.value, layer_idx)
+        self.attended.add(layer_idx)
+        pool = self.pools[self.index[layer_idx]]
+        return self.backend.attend(call.query.squeeze(0).transpose(0, 1), pool, self.attention, self.options.find(call)).unsqueeze(0)
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the stored K/V of every sequence."""
         layer = checked_layer(call)

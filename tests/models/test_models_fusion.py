@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from pagedkv import LLM, SamplingParams
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.operations import Operations
 from pagedkv.errors import ConfigError
-from pagedkv.models import ModelRunner, fused_modules, fused_rotation
+from pagedkv.models import ModelRunner, fused_layers, fused_modules, fused_rotation
+from pagedkv.models.bridge import attention_configs
+from pagedkv.models.call import PackedCall
+from pagedkv.models.linear_products import why_not_packable
+from pagedkv.models.packed_linears import PackedLinears
+from pagedkv.models.probe import probe_model
 from pagedkv.testing.models import TINY_MODELS, tiny_model
 
 LENS = (12, 20)
@@ -27,6 +33,10 @@ TOKENS = random_tokens(LENS, seed=1)
 STEPS = mixed_schedule(LENS, chunk=5, num_decodes=2)
 LIBRARY = load_library().library
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native library was built")
+
+LAYERS = ("llama", "qwen2")
+REASON = why_not_packable(torch.float32)
+needs_packing = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 # Norms and MLPs per layer of two, the final norm, and whether the rotation is the usual one.
 EXPECTED = {
@@ -306,12 +316,172 @@ def test_fuse_half_precision_rounds_where_the_model_does() -> None:
         assert_close([a], [b], relative=1e-2, what="bfloat16")
 
 
-def test_generate_fused_gives_the_tokens_of_transformers() -> None:
-    model = tiny_model("llama")
-    prompts = [row.tolist() for row in TOKENS]
-    with LLM(model, fuse=True) as llm:
-        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), use_tqdm=False)
-    for prompt, output in zip(prompts, outputs, strict=True):
+@needs_packing
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_fuse_layers_of_packed_products_give_the_models_own_logits(name: str) -> None:
+    model = tiny_model(name)
+    modules = dict(model.named_modules())
+    runner = ModelRunner(model, pack_linears=True)
+    assert bool(runner.fusion.layers) == (name in LAYERS)
+    assert_right(runner, model, name)
+    assert dict(model.named_modules()) == modules
+
+
+@needs_packing
+@pytest.mark.parametrize("name", LAYERS)
+def test_generate_fused_layers_under_pressure_give_the_tokens_of_transformers(name: str) -> None:
+    model = tiny_model(name)
+    prompts = [row.tolist() for row in random_tokens((5, 17, 30, 9), seed=4)]
+    expected = []
+    for prompt in prompts:
         ids = torch.tensor([prompt])
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
+        expected.append(alone[0, len(prompt) :].tolist())
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    for size, budget, num_blocks in ((1, 7, 60), (4, 64, 16), (16, 17, 6)):
+        with LLM(
+            model, fuse=True, pack_linears=True, block_size=size, num_blocks=num_blocks, max_num_batched_tokens=budget, max_num_seqs=4
+        ) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert llm.statistics().num_preemptions > 0
+        assert [list(output.outputs[0].token_ids) for output in outputs] == expected, f"block size {size}, budget {budget}"
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "path", ["", "self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp", "mlp.down_proj", "mlp.act_fn", "post_attention_layernorm"]
+)
+def test_fuse_layers_a_hook_anywhere_in_a_layer_is_served(path: str) -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, fuse=True, pack_linears=True)
+    assert len(runner.fusion.layers) == 2
+    module = model.get_decoder().layers[1].get_submodule(path)
+    served: list[nn.Module] = []
+    handle = module.register_forward_hook(lambda module, inputs, output: served.append(module))
+    assert_right(runner, model, path)
+    assert served == [module] * (len(STEPS) + len(TOKENS))
+    handle.remove()
+    assert_right(runner, model, path)
+    assert len(served) == len(STEPS) + len(TOKENS)
+
+
+@needs_packing
+def test_fuse_layers_what_was_changed_between_steps_is_used() -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model, fuse=True, pack_linears=True)
+    layer = model.get_decoder().layers[0]
+    layer.self_attn.scaling *= 0.5
+    layer.input_layernorm.variance_epsilon = 0.3
+    layer.post_attention_layernorm.weight.data.mul_(2)
+    layer.self_attn.v_proj.weight.data.mul_(3)
+    assert_right(runner, model, "numbers and weights in place")
+    layer.self_attn.k_proj.bias = nn.Parameter(torch.ones(layer.self_attn.k_proj.out_features))
+    layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Tanh())
+    assert_right(runner, model, "a bias that was not there, and a module of the user's own")
+    layer.post_attention_layernorm.forward = lambda x: x
+    assert_right(runner, model, "a forward of the user's own")
+    layer.input_layernorm = nn.Identity()
+    model.get_decoder().layers[1].post_attention_layernorm.weight = nn.Parameter(torch.ones(1))
+    assert_right(runner, model, "no norm, and a weight of another shape")
+
+
+class Layer(nn.Module):
+    """A decoder layer with one thing about it changed."""
+
+    def __init__(self, layer: nn.Module, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.self_attn, self.mlp, self.before, self.after = (
+            layer.self_attn,
+            layer.mlp,
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+        )
+        self.compute = compute
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        return self.compute(self, hidden_states, kwargs)
+
+
+def usual(layer: Layer, x: Tensor, kwargs: dict[str, object]) -> Tensor:
+    x = x + layer.self_attn(hidden_states=layer.before(x), **kwargs)[0]
+    result: Tensor = x + layer.mlp(layer.after(x))
+    return result
+
+
+def parallel(layer: Layer, x: Tensor, kwargs: dict[str, object]) -> Tensor:
+    result: Tensor = x + layer.self_attn(hidden_states=layer.before(x), **kwargs)[0] + layer.mlp(layer.after(x))
+    return result
+
+
+ALMOST_LAYERS: dict[str, Callable[..., Tensor]] = {
+    "its branches are parallel": parallel,
+    "it scales a branch": lambda layer, x, kwargs: x + 0.9 * (usual(layer, x, kwargs) - x),
+    "it has no second norm": lambda layer, x, kwargs: usual(layer, x, kwargs) + 0 * layer.mlp(x).sum() + layer.mlp(x),
+    "it passes another mask": lambda layer, x, kwargs: usual(layer, x, {**kwargs, "attention_mask": None}),
+    "it norms its input": lambda layer, x, kwargs: usual(layer, layer.before(x), kwargs),
+}
+
+
+@needs_packing
+@pytest.mark.parametrize("what", ALMOST_LAYERS)
+def test_fuse_layers_a_layer_that_only_looks_like_one_is_left_alone(what: str) -> None:
+    for compute, number in ((usual, 1), (ALMOST_LAYERS[what], 0)):
+        model = tiny_model("llama")
+        layers = model.get_decoder().layers
+        layers[1] = Layer(layers[1], compute).eval()
+        runner = ModelRunner(model, fuse=True, pack_linears=True)
+        assert len(runner.fusion.layers) == 1 + number
+        assert_right(runner, model, what)
+
+
+ALMOST_ATTENTIONS: dict[str, Callable[[nn.Module, tuple[Tensor, None]], object]] = {
+    "it doubles its result": lambda module, output: (output[0] * 2, None),
+    "it returns weights": lambda module, output: (output[0], output[0]),
+}
+
+
+@needs_packing
+@pytest.mark.parametrize("what", [*ALMOST_ATTENTIONS, "its keys are doubled"])
+def test_fuse_layers_an_attention_that_only_looks_like_one_is_left_alone(what: str) -> None:
+    model = tiny_model("llama")
+    attention = model.get_decoder().layers[1].self_attn
+
+    class Changed(type(attention)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+            if what == "its keys are doubled":
+                kwargs["past_key_values"] = Doubling(kwargs["past_key_values"])
+                return super().forward(hidden_states, *args, **kwargs)
+            return ALMOST_ATTENTIONS[what](self, super().forward(hidden_states, *args, **kwargs))
+
+    attention.__class__ = Changed
+    assert {layer.name for layer in layers_of(model)} == {"model.layers.0"}
+
+
+@needs_packing
+def test_fuse_layers_names_and_order_of_the_children_do_not_matter() -> None:
+    model = tiny_model("llama")
+    attention = model.get_decoder().layers[1].self_attn
+    attention._modules = dict(reversed(attention._modules.items()))
+    runner = ModelRunner(model, pack_linears=True)
+    assert len(runner.fusion.layers) == 2
+    assert_right(runner, model, "children in another order")
+
+
+class Doubling:
+    """A cache that stores twice what it is given."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        stored: tuple[Tensor, Tensor] = self.cache.update(2 * key, value, layer_idx)
+        return stored
+
+
+def layers_of(model: PreTrainedModel) -> list[fused_layers.FusedLayer]:
+    linears = PackedLinears(model, True)
+    with linears.recording():
+        probe_model(model, PackedCall(model))
+    linears.pack()
+    parts = fused_modules.find_fusable(model, operations())
+    return fused_layers.find_layers(model, parts, linears, attention_configs(model), (8,), operations())

@@ -169,12 +169,12 @@ def test_wrong_product_falls_back_under_auto_and_refuses_under_true(monkeypatch:
 
     monkeypatch.setattr(PackedLinear, "forward", wrong)
     model = tiny_model("llama", **WIDE)
-    runner = ModelRunner(model, block_size=4)
+    runner = ModelRunner(model, block_size=4, fuse=False)
     assert not runner.packing.packed
     assert "self-check failed" in str(runner.packing.reason)
     assert_right(runner, model, "fallen back")
     with pytest.raises(UnsupportedModelError, match="self-check failed"):
-        ModelRunner(model, block_size=4, pack_linears=True)
+        ModelRunner(model, block_size=4, pack_linears=True, fuse=False)
 
 
 def hooked(linear: nn.Linear) -> None:

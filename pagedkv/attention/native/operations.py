@@ -54,14 +54,21 @@ class Operations:
         Returns:
             ``[H, T, D]``, tokens outermost in memory.
         """
+        out = x.new_empty(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1)
+        self._rotated(x, cosines, sines, out)
+        return out
+
+    def rotate_in_place(self, x: Tensor, cosines: Tensor, sines: Tensor) -> None:
+        """As ``rotate``, into ``x`` itself."""
+        self._rotated(x, cosines, sines, x)
+
+    def _rotated(self, x: Tensor, cosines: Tensor, sines: Tensor, out: Tensor) -> None:
         num_heads, num_rows, width = x.shape
-        out = x.new_empty(num_rows, num_heads, width)
         layer = LayerStruct(x=x.data_ptr(), y=cosines.data_ptr(), weight=sines.data_ptr(), out=out.data_ptr(), width=width)
-        layer.x_stride[:], layer.out_stride[:] = (x.stride(1), x.stride(0)), (num_heads * width, width)
+        layer.x_stride[:], layer.out_stride[:] = (x.stride(1), x.stride(0)), (out.stride(1), out.stride(0))
         layer.y_stride[0] = cosines.stride(0)
         layer.num_rows, layer.num_heads, layer.dtype = num_rows, num_heads, DTYPES[x.dtype]
         self._rotate(ctypes.addressof(layer), torch.get_num_threads())
-        return out.transpose(0, 1)
 
 
 def evenly_spaced(tensor: Tensor) -> bool:
