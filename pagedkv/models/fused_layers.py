@@ -233,6 +233,7 @@ class FusedLayer:
         parts: its norms and its MLP, which stand in by themselves where the layer cannot.
         places: as those of ``Fused``.
         stand_in: what takes the places during a step.
+        linears: ids of its linear layers, which need no stand-ins of their own.
     """
 
     def __init__(
@@ -249,15 +250,11 @@ class FusedLayer:
         self.places: list[Place] = []
         self.stand_in = stand_in_for(module, self._compute)
         mlp, found = parts[2].module, _gated(parts[2])
-        self._children = [(module._modules, key, child) for key, child in module._modules.items()]
-        self._plain = (module, attention_module)
-        names = attention_module._modules
-        self._linears = [
-            (owner, key, packed[key])
-            for owner in (names, mlp._modules)
-            for key in owner
-            if key in packed and isinstance(owner[key], nn.Linear)
-        ]
+        owners = (module, attention_module, mlp)
+        self._children = [(owner._modules, key, child) for owner in owners for key, child in owner._modules.items()]
+        inside = [child for _, _, child in self._children if child is not None]
+        self._watched = [(each, type(each), vars(each)) for each in (module, *inside)]
+        self.linears = frozenset(id(child) for child in inside if isinstance(child, nn.Linear))
         self._attention_module, self._attention, self._operations = attention_module, attention, operations
         self._norms = [(part.module._parameters, vars(part.module), _norm(part)) for part in parts[:2]]
         self._products = tuple(packed[key].product for key in (attention.products[0], attention.output, found.gate, found.down))
@@ -301,13 +298,21 @@ class FusedLayer:
         return cls(name, module, parts, attention_module, attention, packed, operations)
 
     def still(self) -> bool:
-        """Whether the layer and its children are what they were when they were looked at, and the packed layers are in place."""
-        return (
-            all(map(is_plain, self._plain))
-            and all(owner.get(key) is child for owner, key, child in self._children)
-            and all(owner.get(key) is stand_in and is_plain(stand_in) for owner, key, stand_in in self._linears)
-            and all(part.still() for part in self.parts)
-        )
+        """Whether the layer and what is in it are what they were when they were looked at, without hooks."""
+        # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
+        for modules, key, child in self._children:
+            if modules.get(key) is not child:
+                return False
+        for module, cls, attributes in self._watched:
+            if (
+                type(module) is not cls
+                or attributes["_forward_hooks"]
+                or attributes["_forward_pre_hooks"]
+                or "forward" in attributes
+                or attributes.get("_compiled_call_impl") is not None
+            ):
+                return False
+        return True
 
     def _compute(
         self,
@@ -342,7 +347,7 @@ class FusedLayer:
 
     def _norms_fit(self, x: Tensor) -> bool:
         for parameters, attributes, found in self._norms:
-            weight = parameters["weight"]
+            weight = parameters.get("weight")
             if weight is None or weight.dtype is not x.dtype or weight.shape != x.shape[2:] or not weight.is_contiguous():
                 return False
             if type(attributes.get(found.epsilon)) is not float:

@@ -218,7 +218,7 @@ def _norm_of(module: nn.Module, found: Norm, operations: Operations) -> Compute:
     parameters = module._parameters
 
     def compute(x: Tensor, **unknown: object) -> Tensor | None:
-        weight, epsilon = parameters["weight"], attributes.get(attribute)
+        weight, epsilon = parameters.get("weight"), attributes.get(attribute)
         if unknown or weight is None or type(epsilon) is not float or x.dtype is not weight.dtype or x.dtype not in DTYPES:
             return None
         if x.device.type != "cpu" or x.shape[-1] != weight.shape[0] or not weight.is_contiguous() or x.numel() == 0:

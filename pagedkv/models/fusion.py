@@ -87,19 +87,23 @@ class Fusion:
             self._layers = fused_layers.find_layers(self._model, self._modules, linears, configs, widths, self._operations)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put what is fused in its places for a ``with`` block, and the model's own back whatever happens. Packed layers are in place.
+    def in_place(self) -> Iterator[frozenset[int]]:
+        """Put what is fused in its places for a ``with`` block, and the model's own back whatever happens.
+
+        Yields:
+            ids of the linear layers that are computed within fused layers.
 
         Cost: about a microsecond a module.
         """
         if torch.is_autocast_enabled("cpu") or has_global_hooks():
-            yield
+            yield frozenset()
             return
         layers = [layer for layer in self._layers if layer.still()]
         covered = {id(part) for layer in layers for part in layer.parts}
         modules = [entry for entry in self._modules if id(entry) not in covered and entry.still()]
+        linears = frozenset[int]().union(*(layer.linears for layer in layers))
         with fused_modules.in_place([*layers, *modules]), fused_rotation.in_place(self._rotations):
-            yield
+            yield linears
 
     def give_up(self, reason: str) -> bool:
         """Fuse nothing any more, for a reason; returns whether anything was."""

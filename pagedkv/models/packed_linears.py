@@ -173,8 +173,8 @@ class PackedLinears:
         self._refuse_if_wanted()
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the stand-ins where their layers are for a ``with`` block, and the layers back whatever happens.
+    def in_place(self, but: frozenset[int] = frozenset()) -> Iterator[None]:
+        """Put the stand-ins where their layers are for a ``with`` block, and the layers back whatever happens; not those of ids ``but``.
 
         A layer that was replaced or parametrised, or that has hooks (they are told which module they serve), stays as it is.
         The caller sees to it that steps of one model do not overlap.
@@ -186,7 +186,7 @@ class PackedLinears:
             if not torch.is_autocast_enabled("cpu") and not has_global_hooks():
                 for entry in self._stand_ins:
                     modules, name, linear, stand_in = entry
-                    if modules.get(name) is linear and _is_plain(linear):
+                    if id(linear) not in but and modules.get(name) is linear and _is_plain(linear):
                         modules[name] = stand_in
                         swapped.append(entry)
             yield

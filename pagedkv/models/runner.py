@@ -175,7 +175,7 @@ class ModelRunner:
             options=self._options,
             num_tokens=batch.plan.num_tokens,
         )
-        with pointed_at_us(self._configs), self._linears.in_place(), self._fusion.in_place(), activate(step):
+        with pointed_at_us(self._configs), self._fusion.in_place() as fused, self._linears.in_place(fused), activate(step):
             logits = self._call(batch.token_ids, batch.positions, cache=CacheFacade(step), logits_indices=batch.logits_indices)
         if not step.complete:
             raise UnsupportedModelError(
@@ -187,6 +187,7 @@ class ModelRunner:
     def close(self) -> None:
         """End the use of the model, which is as it was, and free packed weights. May be called again; ``forward`` raises afterwards."""
         self._closed = True
+        self._fusion.give_up("the model runner is closed")
         self._linears.unpack("the model runner is closed")
 
     def _self_check(self, shape: ModelShape, *, may_unpack: bool, may_unfuse: bool) -> SelfCheck:

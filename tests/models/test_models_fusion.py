@@ -127,15 +127,18 @@ def test_fuse_hooks_and_replaced_modules_are_respected() -> None:
     assert_right(runner, model, "with a norm and a product of the user's own")
 
 
-def test_fuse_a_model_used_by_others_during_a_step_is_itself() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_fuse_a_model_used_by_others_during_a_step_is_itself(packed: bool) -> None:
     model = tiny_model("llama")
-    runner = ModelRunner(model, fuse=True)
+    runner = ModelRunner(model, fuse=True, pack_linears=packed and REASON is None)
     expected = plain_logits(model, TOKENS)
     seen: dict[str, object] = {}
 
     def look() -> None:
         norm = model.get_decoder().layers[0].input_layernorm
-        seen["isinstance"] = isinstance(norm, modeling_llama.LlamaRMSNorm)
+        layer = model.get_decoder().layers[0]
+        seen["isinstance"] = isinstance(norm, modeling_llama.LlamaRMSNorm) and isinstance(layer, modeling_llama.LlamaDecoderLayer)
+        seen["layer"] = type(copy.deepcopy(layer))
         seen["copied"] = type(copy.deepcopy(norm))
         seen["pickled"] = type(pickle.loads(pickle.dumps(norm)))
         seen["names"] = list(model.state_dict())
@@ -145,6 +148,7 @@ def test_fuse_a_model_used_by_others_during_a_step_is_itself() -> None:
 
     during_a_step(runner, look)
     assert seen["isinstance"]
+    assert seen["layer"] is modeling_llama.LlamaDecoderLayer
     assert seen["copied"] is seen["pickled"] is modeling_llama.LlamaRMSNorm
     assert seen["names"] == list(model.state_dict())
     logits = seen["logits"]
