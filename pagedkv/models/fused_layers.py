@@ -261,7 +261,7 @@ class FusedLayer:
         self._gate_first = packed[found.gate].place == 0
         self._form = found.form
         sizes = [size // attention.width for size in self._products[0].sizes]
-        self._num_heads, self._num_turned, self._num_kv_heads = sizes[0], sizes[0] + sizes[1], sizes[1]
+        self._num_heads, self._num_turned = sizes[0], sizes[0] + sizes[1]
         self._inner = self._products[2].sizes[0]
         self._dtype = next(iter(packed.values())).weight.dtype
 
@@ -298,7 +298,7 @@ class FusedLayer:
         return cls(name, module, parts, attention_module, attention, packed, operations)
 
     def still(self) -> bool:
-        """Whether the layer and what is in it are what they were when they were looked at, without hooks."""
+        """Whether the layer and what is in it are what they were when they were looked at, in evaluation mode and without hooks."""
         # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
         for modules, key, child in self._children:
             if modules.get(key) is not child:
@@ -306,6 +306,7 @@ class FusedLayer:
         for module, cls, attributes in self._watched:
             if (
                 type(module) is not cls
+                or attributes["training"]
                 or attributes["_forward_hooks"]
                 or attributes["_forward_pre_hooks"]
                 or "forward" in attributes

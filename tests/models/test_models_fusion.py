@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from pagedkv import LLM, SamplingParams
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.operations import Operations
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models import ModelRunner, fused_layers, fused_modules, fused_rotation
 from pagedkv.models.bridge import attention_configs
 from pagedkv.models.call import PackedCall
@@ -382,6 +382,11 @@ def test_fuse_layers_what_was_changed_between_steps_is_used() -> None:
     layer.self_attn.k_proj.bias = nn.Parameter(torch.ones(layer.self_attn.k_proj.out_features))
     layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Tanh())
     assert_right(runner, model, "a bias that was not there, and a module of the user's own")
+    layer.self_attn.attention_dropout = 0.5
+    layer.self_attn.train()
+    with pytest.raises(UnsupportedModelError, match="drops attention weights"):
+        paged_logits(runner, TOKENS, STEPS)
+    layer.self_attn.eval()
     layer.post_attention_layernorm.forward = lambda x: x
     assert_right(runner, model, "a forward of the user's own")
     layer.input_layernorm = nn.Identity()
