@@ -14,6 +14,11 @@ import pytest
 
 SWEEP_SEED = 20261122
 
+# The assertions of helper modules, too, hold under ``python -O``, where plain ones are not even compiled.
+for helper in Path(__file__).parent.rglob("*.py"):
+    if not helper.stem.startswith(("test_", "conftest")):
+        pytest.register_assert_rewrite(helper.stem)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
