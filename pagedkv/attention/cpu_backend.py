@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pagedkv.attention.mask import Mask
 from pagedkv.attention.native.library import ITEM_NBYTES, Library, Loaded, RowsStruct, StepStruct, load_library
+from pagedkv.attention.native.operations import DTYPES
 from pagedkv.attention.protocol import AttendOptions, AttentionSpec, StepAttention, check_query, check_write
 from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendError
 from pagedkv.storage.batch import StepBatch
 from pagedkv.storage.pool import LayerPool
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASKS = {"causal": 0, "sliding": 1, "chunked": 2}
 _MAX_DIM = 1024  # what a tile's packed K and V are sized for
 
@@ -71,7 +71,7 @@ class CpuBackend:
             return f"tensors are on {spec.device_type!r}, the kernel runs on the CPU"
         if spec.num_heads % spec.num_kv_heads:
             return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} K/V heads"
-        if spec.dtype not in _DTYPES:
+        if spec.dtype not in DTYPES:
             return f"{spec.dtype}: float32, bfloat16 and float16 are supported"
         if max(spec.key_dim, spec.value_dim) > _MAX_DIM:
             return f"heads are {spec.key_dim} and {spec.value_dim} wide: {_MAX_DIM} at most are supported"
@@ -105,9 +105,9 @@ class CpuBackend:
         if not isinstance(step, _CpuStep):
             raise InvalidRequestError(f"the step was planned by another backend, as {type(step).__name__}")
         check_query(query, pool, step.batch, options)
-        if pool.dtype not in _DTYPES or pool.device.type != "cpu":
+        if pool.dtype not in DTYPES or pool.device.type != "cpu":
             raise InvalidRequestError(
-                f"the pool holds {pool.dtype} on {pool.device}: the kernel reads {', '.join(map(str, _DTYPES))} on the CPU"
+                f"the pool holds {pool.dtype} on {pool.device}: the kernel reads {', '.join(map(str, DTYPES))} on the CPU"
             )
         query = _dense_rows(query)
         output = query.new_empty(query.shape[0], query.shape[1], pool.spec.value_dim)
@@ -214,7 +214,7 @@ def _filled(batch: StepBatch, pool: LayerPool, options: AttendOptions, *, num_he
     struct.key_stride[:], struct.value_stride[:] = pool.key.stride()[:3], pool.value.stride()[:3]
     struct.num_seqs, struct.num_heads, struct.num_kv_heads = batch.plan.num_seqs, num_heads, spec.num_kv_heads
     struct.key_dim, struct.value_dim, struct.block_size = spec.key_dim, spec.value_dim, pool.block_size
-    struct.dtype, struct.mask, struct.mask_size = _DTYPES[pool.dtype], _MASKS[options.mask.kind], options.mask.size
+    struct.dtype, struct.mask, struct.mask_size = DTYPES[pool.dtype], _MASKS[options.mask.kind], options.mask.size
     struct.batch_invariant = batch_invariant
     struct.scale, struct.softcap = options.scale, options.softcap or 0.0
     return struct

@@ -19,13 +19,15 @@ from pagedkv.attention.native.operations import DTYPES, Operations
 from pagedkv.models.bridge import pointed_at_us
 from pagedkv.models.context import AttentionCall, MaskFunction, activate, active_step
 from pagedkv.models.facade import CacheFacade
-from pagedkv.models.fused_modules import Fused, GatedMlp, Norm, Place, emptied, is_plain, stand_in_for
+from pagedkv.models.fused_modules import Fused, GatedMlp, Norm
+from pagedkv.models.fused_rotation import are_angles
 from pagedkv.models.packed_linears import PackedLinear, PackedLinears
 from pagedkv.models.probe import checked_layer
+from pagedkv.models.stand_ins import Place, is_plain, stand_in_for
 from pagedkv.models.step import PagedStep
+from pagedkv.models.trials import agree, emptied
 
 _SEED = 20260105
-_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _ROWS = 3
 
 
@@ -139,7 +141,7 @@ def _order_of_norms(layer: nn.Module, norms: list[str], attention: str, mlp: str
     for first, second in permutations(norms):
         middle = x + stubs[attention](stubs[first](x))[0]
         ours = middle + stubs[mlp](stubs[second](middle))
-        if isinstance(theirs, Tensor) and theirs.shape == ours.shape and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
+        if agree(ours, theirs):
             return first, second
     return None
 
@@ -212,16 +214,9 @@ def _recognised(
         if scales and all(name in rows for name in (q, k, v)):
             results = (call.query[0], key[0], value[0], output[0])
             ours = (turned[q], turned[k], rows[v], linears[o](trial.answer.flatten(2)))
-            if all(_agree(mine, their) for mine, their in zip(ours, results, strict=True)):
+            if all(agree(mine, their) for mine, their in zip(ours, results, strict=True)):
                 return Attention((q, k, v), o, layer_idx, scales[0], width)
     return None
-
-
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results are the same, and not both nothing."""
-    if ours.shape != theirs.shape or not theirs.any():
-        return False
-    return bool((ours - theirs).abs().max() <= _BOUNDS[ours.dtype] * theirs.abs().max())
 
 
 class FusedLayer:
@@ -329,7 +324,7 @@ class FusedLayer:
         if type(step) is not PagedStep or type(past_key_values) is not CacheFacade or position_embeddings is None:
             return None
         cos, sin = position_embeddings
-        if x.dtype is not self._dtype or x.shape[0] != 1 or not _are_angles(cos, sin, x, self._attention.width):
+        if x.dtype is not self._dtype or x.shape[0] != 1 or not are_angles(cos, sin, x.dtype, x.shape[1], self._attention.width):
             return None
         if not self._norms_fit(x) or not all(product.usable() for product in self._products):
             return None
@@ -383,13 +378,3 @@ def _norm(part: Fused) -> Norm:
     if not isinstance(part.found, Norm):
         raise TypeError(f"{part.name} is no norm")
     return part.found
-
-
-def _are_angles(cos: Tensor, sin: Tensor, x: Tensor, width: int) -> bool:
-    """Whether these are ``[1, T, D]`` for the rows of ``x``, as the operation reads them."""
-    return (
-        cos.dtype is sin.dtype is x.dtype
-        and cos.shape == sin.shape == (1, x.shape[1], width)
-        and cos.stride(2) == sin.stride(2) == 1
-        and cos.stride(1) == sin.stride(1)
-    )

@@ -1,31 +1,24 @@
 """Norms and gated MLPs that run as one native operation each, in a model's place of its own modules for the length of a step.
 
-Owns the proof that a module computes what the operation does, the stand-ins, and their coming and going. It knows no model by name: a
-module is copied without its weights, the copy is given small random ones, and what it then makes of random rows is compared in float32.
+Owns the proof that a module computes what the operation does. It knows no model by name: a module is copied without its weights, the copy
+is given small random ones, and what it then makes of random rows is compared in float32.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pagedkv.attention.native.operations import DTYPES, GATE_FORMS, NORM_FORMS, Operations, evenly_spaced
-from pagedkv.models.context import active_step
+from pagedkv.models.stand_ins import Compute, Place, is_plain, stand_in_for
+from pagedkv.models.trials import agree, emptied, tried
 
 _SEED = 20260103
-_BOUND = 1e-5  # of a difference in float32, relative to the largest result: orders of addition differ
 _WIDTH, _INNER = 8, 12  # of the small weights
-_NOT_PLAIN = ("_forward_hooks", "_forward_pre_hooks", "_buffers")
-
-Compute = Callable[..., Tensor | None]
-Place = tuple[dict[str, nn.Module | None], str]  # the modules of a parent, and a name among them
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,42 +79,6 @@ def find_fusable(model: nn.Module, operations: Operations) -> list[Fused]:
     return [entry for entry in found.values() if entry is not None]
 
 
-class StandsIn(Protocol):
-    """What ``in_place`` needs of a module that is fused."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-
-    @property
-    def places(self) -> list[Place]:
-        """Where it stands."""
-
-    @property
-    def stand_in(self) -> nn.Module:
-        """What takes the places."""
-
-
-@contextmanager
-def in_place(entries: Sequence[StandsIn]) -> Iterator[None]:
-    """Put the stand-ins where their modules are for a ``with`` block, and the modules back whatever happens.
-
-    A module that was replaced stays. Steps of one model must not overlap.
-    """
-    swapped = []
-    try:
-        for entry in entries:
-            for modules, name in entry.places:
-                if modules.get(name) is entry.module:
-                    modules[name] = entry.stand_in
-                    swapped.append((modules, name, entry))
-        yield
-    finally:
-        for modules, name, entry in swapped:
-            if modules.get(name) is entry.stand_in:
-                modules[name] = entry.module
-
-
 def _looked_at(name: str, module: nn.Module, operations: Operations) -> Fused | None:
     if not is_plain(module):
         return None
@@ -132,55 +89,6 @@ def _looked_at(name: str, module: nn.Module, operations: Operations) -> Fused | 
         if not module._parameters and len(children) == len(module._modules) == 4:
             return _as_gated_mlp(name, module, operations)
     return None
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module has neither hooks nor buffers, and computes what its class says."""
-    attributes = vars(module)
-    if "forward" in attributes or attributes.get("_compiled_call_impl") is not None:
-        return False
-    return not any(attributes[name] for name in _NOT_PLAIN)
-
-
-def stand_in_for(module: nn.Module, compute: Compute) -> nn.Module:
-    """An object of a class derived from the module's own, with the module's own ``__dict__``: to others it is the module.
-
-    Without a step in this thread, where a gradient is recorded, or where ``compute`` gives None, it computes what the module does.
-    """
-    cls = type(module)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and active_step() is not None and not torch.is_grad_enabled():
-            result = compute(args[0], **kwargs)
-            if result is not None:
-                return result
-        return module.forward(*args, **kwargs)
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        # A copy or a pickle made during a step (by another thread) is one of the module.
-        return _itself, (module,)
-
-    derived = type(cls.__name__, (cls,), {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__})
-    stand_in: nn.Module = object.__new__(derived)
-    object.__setattr__(stand_in, "__dict__", vars(module))
-    return stand_in
-
-
-def _itself(module: nn.Module) -> nn.Module:
-    return module
-
-
-def emptied(module: nn.Module, parameters: dict[str, nn.Parameter | None], modules: dict[str, nn.Module | None]) -> nn.Module:
-    """A shallow copy that computes with other weights or children."""
-    probe = copy.copy(module)
-    vars(probe).update(_parameters=parameters, _modules=modules)
-    return probe
-
-
-def _agree(ours: Tensor, theirs: Any) -> bool:
-    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-        return False
-    return bool((ours - theirs).abs().max() <= _BOUND * theirs.abs().max())
 
 
 def _as_norm(name: str, module: nn.Module, operations: Operations) -> Fused | None:
@@ -197,7 +105,7 @@ def _as_norm(name: str, module: nn.Module, operations: Operations) -> Fused | No
     for attribute in [key for key, value in vars(module).items() if type(value) is float and value > 0]:
         for form in (0, len(NORM_FORMS) - 1):
             ours = [operations.norm(sample, random, vars(module)[attribute], form) for sample in samples]
-            if all(_agree(mine, their) for mine, their in zip(ours, theirs, strict=True)):
+            if all(agree(mine, their) for mine, their in zip(ours, theirs, strict=True)):
                 norm = Norm(attribute, _rounding(module, rows.to(weight.dtype), attribute, form, operations))
                 return Fused(name, module, norm, [], stand_in_for(module, _norm_of(module, norm, operations)), lambda: is_plain(module))
     return None
@@ -251,7 +159,7 @@ def _as_gated_mlp(name: str, module: nn.Module, operations: Operations) -> Fused
         theirs = tried(emptied(module, {}, {**small, key: activation}), rows)
         for form in range(len(GATE_FORMS)):
             ours = small[down](operations.gate(small[gate](rows), small[up](rows), form))
-            if _agree(ours, theirs):
+            if agree(ours, theirs):
                 mlp = GatedMlp(gate, up, down, key, form)
                 return Fused(name, module, mlp, [], stand_in_for(module, _gated_of(module, mlp, function, operations)), still)
     return None
@@ -283,11 +191,3 @@ def _gated_of(module: nn.Module, found: GatedMlp, activation: nn.Module, operati
         return result
 
     return compute
-
-
-def tried(module: nn.Module, rows: Tensor) -> Any:
-    """What a module makes of rows, or None: it was not made for such a call."""
-    try:
-        return module(rows)
-    except Exception:  # whatever a module raises, it is not one of ours
-        return None

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from pagedkv.attention.native.operations import DTYPES, Operations
 from pagedkv.models.context import active_step
+from pagedkv.models.trials import agree
 
 _NAME = "apply_rotary_pos_emb"
 _SEED = 20260104
-_BOUND = 1e-5
 _LOCK = threading.Lock()
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]
@@ -105,17 +105,26 @@ def _stand_in(former: Rotation, operations: Operations) -> Rotation:
 
 def _is_known(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether these are ``[1, H, T, D]`` twice and ``[1, T, D]`` twice, of one dtype, as the operation reads them."""
-    dtype, width = q.dtype, q.shape[-1]
+    dtype = q.dtype
     return (
         dtype in DTYPES
-        and k.dtype is cos.dtype is sin.dtype is dtype
+        and k.dtype is dtype
         and q.device.type == "cpu"
         and q.dim() == k.dim() == 4
         and q.shape[0] == k.shape[0] == 1
         and q.shape[2:] == k.shape[2:]
-        and cos.shape == sin.shape == (1, q.shape[2], width)
+        and q.stride(-1) == k.stride(-1) == 1
+        and are_angles(cos, sin, dtype, q.shape[2], q.shape[3])
+    )
+
+
+def are_angles(cos: Tensor, sin: Tensor, dtype: torch.dtype, num_tokens: int, width: int) -> bool:
+    """Whether these are ``[1, T, D]`` cosines and sines as the operation reads them."""
+    return (
+        cos.dtype is sin.dtype is dtype
+        and cos.shape == sin.shape == (1, num_tokens, width)
         and width % 2 == 0
-        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+        and cos.stride(2) == sin.stride(2) == 1
         and cos.stride(1) == sin.stride(1)
     )
 
@@ -128,8 +137,6 @@ def _is_rotation(function: Rotation, operations: Operations) -> bool:
         with torch.no_grad():
             theirs = function(q, k, cos, sin)
             ours = [operations.rotate(x[0], cos[0], sin[0])[None] for x in (q, k)]
-            return len(theirs) == 2 and all(
-                a.shape == b.shape and bool((a - b).abs().max() <= _BOUND * b.abs().max()) for a, b in zip(ours, theirs, strict=True)
-            )
+            return len(theirs) == 2 and all(map(agree, ours, theirs))
     except Exception:  # another signature, other shapes
         return False

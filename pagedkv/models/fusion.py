@@ -18,9 +18,9 @@ from transformers import PreTrainedConfig
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.operations import Operations
 from pagedkv.errors import ConfigError
-from pagedkv.models import fused_layers, fused_modules, fused_rotation
+from pagedkv.models import fused_layers, fused_modules, fused_rotation, stand_ins
 from pagedkv.models.compiled import is_compiled
-from pagedkv.models.packed_linears import PackedLinears, has_global_hooks
+from pagedkv.models.packed_linears import PackedLinears
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,14 @@ class Fusion:
 
         Cost: about a microsecond a module.
         """
-        if torch.is_autocast_enabled("cpu") or has_global_hooks():
+        if torch.is_autocast_enabled("cpu") or stand_ins.has_global_hooks():
             yield frozenset()
             return
         layers = [layer for layer in self._layers if layer.still()]
         covered = {id(part) for layer in layers for part in layer.parts}
         modules = [entry for entry in self._modules if id(entry) not in covered and entry.still()]
         linears = frozenset[int]().union(*(layer.linears for layer in layers))
-        with fused_modules.in_place([*layers, *modules]), fused_rotation.in_place(self._rotations):
+        with stand_ins.in_place([*layers, *modules]), fused_rotation.in_place(self._rotations):
             yield linears
 
     def give_up(self, reason: str) -> bool:

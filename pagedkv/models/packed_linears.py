@@ -21,6 +21,7 @@ from pagedkv.models.context import active_step
 from pagedkv.models.linear_census import FoundLinear, LinearCensus, take_census
 from pagedkv.models.linear_products import PackedProduct, product_dtype, why_not_packable
 from pagedkv.models.memory import free_memory
+from pagedkv.models.stand_ins import has_global_hooks, itself
 
 # From benchmarks/linear.py. A call of oneDNN costs some 25 us more than one of MKL, so small products lose by it. Where one
 # thread runs AVX2, MKL keeps up but for products whose weights come from memory every time, such as an output head.
@@ -93,11 +94,7 @@ class PackedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy or a pickle made during a step (by another thread) is one of the layer.
-        return _itself, (self._linear,)
-
-
-def _itself(linear: nn.Linear) -> nn.Linear:
-    return linear
+        return itself, (self._linear,)
 
 
 class PackedLinears:
@@ -240,12 +237,6 @@ class PackedLinears:
 
 def _is_plain(linear: nn.Linear) -> bool:
     return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks on all modules of the process are set: they are told which module they serve, and may know only the model's own."""
-    module = torch.nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def _why_not_at_all(model: nn.Module) -> str | None:

@@ -93,13 +93,13 @@ class PagedStep:
     def attend_new(self, call: AttentionCall, layer_idx: int) -> Tensor:
         """``update`` and ``attend`` in one, for K and V that are read as they are stored: ``[1, T, Hq, Dv]``."""
         self.update(call.key, call.value, layer_idx)
-        self.attended.add(layer_idx)
-        pool = self.pools[self.index[layer_idx]]
-        return self.backend.attend(call.query.squeeze(0).transpose(0, 1), pool, self.attention, self.options.find(call)).unsqueeze(0)
+        return self._attend(call, layer_idx)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the stored K/V of every sequence."""
-        layer = checked_layer(call)
+        return self._attend(call, checked_layer(call))
+
+    def _attend(self, call: AttentionCall, layer: int) -> Tensor:
         self.attended.add(layer)
         pool = self.pools[self.index[layer]]
         options = self.options.find(call)

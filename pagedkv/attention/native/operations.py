@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagedkv.attention.native.library import LayerStruct, Library
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as step.h numbers them
 NORM_FORMS = ("rounded, then scaled", "scaled, then rounded", "scaled by one plus the weight")
 GATE_FORMS = ("silu", "gelu_tanh")
 
