@@ -6,8 +6,9 @@ Owns what was seen of the manager last. Gives no commands but those that must be
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
-from pagedkv.core import KVCacheManager, Snapshot
+from pagedkv.core import CheckLevel, KVCacheManager, Snapshot
 from pagedkv.errors import InvalidRequestError, PagedKVError
 from pagedkv.testing.agreement import compare_manager, conserve_blocks, disjoint_namespaces, pair, read_back
 from pagedkv.testing.reference_manager import ReferenceManager
@@ -15,7 +16,7 @@ from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
 
 ORACLES = ("audit", "reference", "tokens", "ownership")
-LEVELS = ("off", "step", "audit")
+LEVELS = get_args(CheckLevel)
 
 
 class Judge:
