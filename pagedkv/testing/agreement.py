@@ -9,8 +9,9 @@ from collections.abc import Container, Iterable
 from itertools import chain, combinations
 
 from pagedkv.core import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
-from pagedkv.testing.reference_manager import ReferenceManager, Twin
+from pagedkv.testing.reference_manager import ReferenceManager
 from pagedkv.testing.reference_pool import ReferencePool
+from pagedkv.testing.reference_sequence import Twin
 from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
 

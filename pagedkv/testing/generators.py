@@ -31,7 +31,7 @@ from pagedkv.testing.programs import (
     Truncate,
     Unpin,
 )
-from pagedkv.testing.reference_manager import Twin
+from pagedkv.testing.reference_sequence import Twin
 
 _PICKS = 64  # places are counted modulo what is alive
 _WEIGHTS = {

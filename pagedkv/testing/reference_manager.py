@@ -7,31 +7,11 @@ on the *shape*: which positions share a block, how many blocks are free, evictab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from itertools import compress, takewhile
 
 from pagedkv.errors import OutOfBlocksError
-from pagedkv.testing.reference_pool import Key, ReferencePool, Space
-
-
-@dataclass(slots=True)
-class Twin:
-    """One live sequence; ``space`` is None when it may not publish any more."""
-
-    name: str
-    space: Space | None
-    tokens: list[int]
-    tables: list[list[int]]
-    reserved: int
-    computed: int
-    copy_pending: bool = False
-
-    def sure(self, size: int) -> int:
-        """Computed tokens that do not depend on a copy that may not have been made."""
-        return self.computed // size * size if self.copy_pending else self.computed
-
-    def start(self, size: int) -> Key | None:
-        """What its first block is found by, if it is."""
-        return None if self.space is None or self.computed < size else (self.space, tuple(self.tokens[:size]))
+from pagedkv.testing.reference_pool import ReferencePool, Space
+from pagedkv.testing.reference_sequence import Twin
 
 
 class ReferenceManager:
@@ -47,18 +27,14 @@ class ReferenceManager:
 
     def match(self, tokens: list[int], name: str) -> list[list[int]]:
         """The longest cached prefix: its blocks in each group."""
-        found: list[list[int]] = []
-        for end in range(self.size, len(tokens) + 1, self.size):
-            key = self._space(name), tuple(tokens[:end])
-            if not all(key in group.cache for group in self.groups):
-                break
-            found.append([group.cache[key] for group in self.groups])
-        return [[blocks[index] for blocks in found] for index in range(len(self.groups))]
+        keys = [(self._space(name), tuple(tokens[:end])) for end in range(self.size, len(tokens) + 1, self.size)]
+        found = list(takewhile(lambda key: all(key in group.cache for group in self.groups), keys))
+        return [[group.cache[key] for key in found] for group in self.groups]
 
     def open(self, prompts: list[list[int]], names: list[str], handles: list[int]) -> list[int]:
         """Start sequences; returns how many tokens of each were found."""
-        matches = [self.match(prompt[:-1], name) for prompt, name in zip(prompts, names, strict=True)]
-        for handle, prompt, name, chains in zip(handles, prompts, names, matches, strict=True):
+        for handle, prompt, name in zip(handles, prompts, names, strict=True):
+            chains = self.match(prompt[:-1], name)
             self._hold(chains)
             found = len(chains[0]) * self.size
             self.num_hit_tokens += found
@@ -103,23 +79,25 @@ class ReferenceManager:
 
     def cancel(self, handles: list[int]) -> None:
         """Nothing of what is reserved was computed, and no copy can be relied on."""
-        self._cut([(self.seqs[handle], self.seqs[handle].sure(self.size)) for handle in handles])
+        for twin in (self.seqs[handle] for handle in reversed(handles)):
+            self._cut(twin, twin.sure(self.size))
 
     def truncate(self, handle: int, length: int) -> None:
         """Forget known tokens."""
-        del self.seqs[handle].tokens[length:]
-        self._cut([(self.seqs[handle], min(self.seqs[handle].sure(self.size), length))])
+        twin = self.seqs[handle]
+        del twin.tokens[length:]
+        self._cut(twin, min(twin.sure(self.size), length))
 
     def fork(self, handle: int, children: list[int]) -> None:
         """Share everything."""
-        twin = self.seqs[handle]
         for child in children:
-            self.seqs[child] = replace(twin, tokens=list(twin.tokens), tables=[list(table) for table in twin.tables])
-            self._hold(twin.tables)
+            self.seqs[child] = self.seqs[handle].copy()
+            self._hold(self.seqs[child].tables)
 
     def release(self, handles: list[int]) -> None:
         """End sequences, tails first."""
-        self._cut([(self.seqs.pop(handle), 0) for handle in reversed(handles)])
+        for handle in handles:
+            self._cut(self.seqs.pop(handle), 0)
 
     def pin(self, pin: int, tokens: list[int], name: str) -> int:
         """Hold a cached prefix; returns its tokens."""
@@ -156,21 +134,13 @@ class ReferenceManager:
             group.hold(chain)
 
     def _copying(self, index: int, twins: list[Twin]) -> list[Twin]:
-        """Who must copy its half-full last block: all that share it, less the last one where nobody else is left to read it."""
-        group, copying = self.groups[index], []
-        left = dict(group.held)
-        for twin in twins:
-            tail = twin.tables[index][-1] if twin.reserved % self.size else None
-            if tail is not None and (tail in group.keys or left[tail] > 1):
-                left[tail] -= 1
-                copying.append(twin)
-        return copying
+        """Who must copy its half-full last block before it writes there."""
+        writers = [twin for twin in twins if twin.reserved % self.size]
+        return list(compress(writers, self.groups[index].must_copy([twin.tables[index][-1] for twin in writers])))
 
-    def _cut(self, lengths: list[tuple[Twin, int]]) -> None:
-        for index, group in enumerate(self.groups):
-            for twin, length in reversed(lengths):
-                while len(twin.tables[index]) > -(-length // self.size):
-                    group.drop([twin.tables[index].pop()])
-        for twin, length in lengths:
-            twin.reserved = twin.computed = length
-            twin.copy_pending = False
+    def _cut(self, twin: Twin, length: int) -> None:
+        for group, table in zip(self.groups, twin.tables, strict=True):
+            while len(table) > -(-length // self.size):
+                group.drop([table.pop()])
+        twin.reserved = twin.computed = length
+        twin.copy_pending = False

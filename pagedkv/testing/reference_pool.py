@@ -56,6 +56,17 @@ class ReferencePool:
                 else:
                     self.free += 1
 
+    def must_copy(self, blocks: Sequence[int]) -> list[bool]:
+        """For blocks that are about to be written, each named once for every writer: who must copy it first.
+
+        All must that share a block, less the last one where nobody else is left to read it.
+        """
+        left, copied = dict(self.held), []
+        for block in blocks:
+            copied.append(block in self.keys or left[block] > 1)
+            left[block] -= copied[-1]
+        return copied
+
     def publish(self, key: Key, block: int) -> int:
         """Make a held block findable, or swap it for the one that is found by this key already; returns the block held from now on."""
         holder = self.cache.setdefault(key, block)
