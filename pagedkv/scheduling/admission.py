@@ -69,7 +69,7 @@ class Admission:
     def miss_reason(self, branch: Branch) -> MissReason:
         """Why nothing was found for a branch that was admitted with no cached tokens."""
         if not self._manager.prefix_caching:
-            return MissReason.DISABLED
+            return MissReason.STATE if self._config.has_state else MissReason.DISABLED
         return MissReason.PROMPT_LOGITS if branch.request.wants_prompt_logits else MissReason.NOT_CACHED
 
     def _match(self, branch: Branch) -> Match:

@@ -28,12 +28,14 @@ class WaitReason(StrEnum):
     RESERVED = "waits until all running requests are sure to fit to their end, since it or one of them was preempted often"
     PREFIX = "a running request is computing the same prefix"
     PREEMPTION = "this step had to preempt"
+    TOKENS = "its prompt is computed in one step, and this one has too many others: max_num_batched_tokens"
 
 
 class MissReason(StrEnum):
     """Why no prefix was found in the cache."""
 
     DISABLED = "prefix caching is off"
+    STATE = "the model has recurrent layers, whose state at the end of a prefix is not kept"
     NOT_CACHED = "no full block of the prompt is cached in this namespace"
     PROMPT_LOGITS = "the request asks for the logits of its whole prompt"
 

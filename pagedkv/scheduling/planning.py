@@ -6,6 +6,7 @@ import numpy as np
 
 from pagedkv.core import Extension, KVCacheManager
 from pagedkv.plan import Int32Array, Int64Array, StepPlan
+from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.running import RunningSet
 
 
@@ -14,11 +15,13 @@ class PlanBuilder:
 
     Args:
         manager: takes the reservations.
+        config: the step's token budget, and whether prompts may be split.
         running: knows which rows hold tokens back and which want prompt logits.
     """
 
-    def __init__(self, manager: KVCacheManager, running: RunningSet) -> None:
+    def __init__(self, manager: KVCacheManager, config: SchedulerConfig, running: RunningSet) -> None:
         self._manager = manager
+        self._config = config
         self._running = running
         self.decodes: Int64Array = running.long_numbers[:0]
         self._seqs = self.decodes
@@ -33,14 +36,30 @@ class PlanBuilder:
         self.decodes, self._seqs = rows, seqs
         self.num_tokens = len(rows)
 
-    def fit_chunk(self, row: int, budget: int) -> int:
+    @property
+    def budget(self) -> int:
+        """Prompt tokens that the step may still take."""
+        counted = self.num_tokens if self._config.recurrent_state != "whole" else self.num_tokens - len(self.decodes)
+        return self._config.max_num_batched_tokens - counted
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a sequence that has so many tokens to compute, and none computed, may start in this step."""
+        least = 1 if self._config.recurrent_state != "whole" else min(num_tokens, self._config.max_num_batched_tokens)
+        return least <= self.budget
+
+    def fit_chunk(self, row: int) -> int:
         """Tokens of this row that can be computed now: what is left to compute, within the budget and the blocks at hand."""
         table, size = self._manager.table, self._manager.block_size
         start = int(table.num_reserved[row])
         left = int(table.num_tokens[row]) - int(self._running.hold[row]) - start
         # No copy to reckon with: a half-full last block that others hold is written by decodes alone, the first tokens of forks.
         room = (int(table.num_blocks[row]) + self._manager.num_available_blocks) * size - start
-        return min(left, budget, room)
+        fitting = min(left, self.budget, room)
+        if self._config.recurrent_state != "whole":
+            return fitting
+        # More than a step holds is known after a preemption alone: what it had written then follows token by token, as it did before.
+        piece = 1 if start else min(left, self._config.max_num_batched_tokens)
+        return piece if piece <= fitting else 0
 
     def add_prefill(self, row: int, num_tokens: int) -> None:
         """Reserve slots for a chunk that ``fit_chunk`` allowed."""

@@ -32,7 +32,7 @@ from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.scheduling.admission import Admission
 from pagedkv.scheduling.auditing import Books
 from pagedkv.scheduling.config import SchedulerConfig
-from pagedkv.scheduling.events import EventKind
+from pagedkv.scheduling.events import EventKind, WaitReason
 from pagedkv.scheduling.planning import PlanBuilder, plan_of_decodes
 from pagedkv.scheduling.policies import FirstComeFirstServed, SchedulingPolicy, check_policy
 from pagedkv.scheduling.preemption import choose_victims
@@ -43,11 +43,16 @@ from pagedkv.scheduling.waiting import WaitingQueue
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A branch got a row of the manager's table: per-row state of others (sampling, say) belongs to it from now on."""
+    """A branch got a row of the manager's table: per-row state of others (sampling, say) belongs to it from now on.
+
+    ``source_row`` is the row whose computed tokens it goes on from, after a fork; None where it starts with nothing computed, or a cached
+    prefix. Who keeps state of those tokens copies it from there, in the order of the assignments.
+    """
 
     row: int
     request_id: str
     index: int
+    source_row: int | None = None
 
 
 class Scheduler:
@@ -80,6 +85,8 @@ class Scheduler:
         self._policy: SchedulingPolicy = FirstComeFirstServed() if policy is None else policy
         _check_parts(manager, self.config, clock)
         check_policy(self._policy)
+        if self.config.has_state and manager.prefix_caching:
+            raise ConfigError("recurrent_state: what a prefix leaves behind is not in its blocks, so the manager must not cache prefixes")
         self._clock = clock
         # A token that the manager refuses is the one refusal found out inside: it checks before it changes anything.
         self._change = Transaction("the scheduler", refusals=(InvalidRequestError,))
@@ -149,7 +156,8 @@ class Scheduler:
         """Raise what ``submit`` would raise, but for a duplicate id.
 
         Raises:
-            RequestTooLargeError: prompt and ``max_tokens`` can never fit, or ``n`` is over the running limit.
+            RequestTooLargeError: prompt and ``max_tokens`` can never fit, ``n`` is over the running limit, or the prompt over the tokens
+                of a step that has to take it whole.
         """
         if not isinstance(request, Request):
             raise InvalidRequestError(f"request is {shown(request)}: it must be a Request")
@@ -163,6 +171,10 @@ class Scheduler:
         if total > manager.max_seq_len:
             change = "shorten the prompt, lower max_tokens, or raise max_model_len or num_blocks"
             raise RequestTooLargeError(name, needed=total, limit=manager.max_seq_len, unit="tokens", change=change)
+        if self.config.recurrent_state == "whole" and prompt - (request.n > 1) > self.config.max_num_batched_tokens:
+            change = "shorten it, or raise max_num_batched_tokens: its recurrent layers cannot go on in the middle of a prompt"
+            what = "tokens in one step (the prompt)"
+            raise RequestTooLargeError(name, needed=prompt, limit=self.config.max_num_batched_tokens, unit=what, change=change)
         size = manager.block_size
         shared = (prompt - 1) // size if request.n > 1 else 0
         needed = shared + request.n * (-(-(total - 1) // size) - shared)
@@ -246,13 +258,15 @@ class Scheduler:
             change.depth -= 1
         else:
             with change:
-                self._complete_tables(plan, sampled)
+                lost = self._complete_tables(plan, sampled)
                 self._outstanding = None
                 rows = plan.rows if len(sampled) == plan.num_seqs else plan.rows[plan.sampling_seqs]
                 if steady is None:
                     self._after_prefills(rows)
                 self._end_branches(rows, sampled)
                 self._running.note_tokens(rows, sampled)
+                if lost:
+                    self._preempt(lost)
         if self._doomed:
             with change:
                 self._end_doomed()
@@ -263,10 +277,12 @@ class Scheduler:
         """Take back a plan whose step failed: requests, tables and blocks are as before it, and the next ``plan`` tries again."""
         self._check_outstanding(plan)
         with self._change:
-            self.manager.cancel(plan.seqs)
+            lost = self._cancel(plan.seqs)
             self._outstanding = None
             for row in plan.rows.tolist():
                 self._running.branch(row).record.note(EventKind.UNDONE, plan.step)
+            if lost:
+                self._preempt(lost)
             if self._doomed:
                 self._end_doomed()
         if self._verify is not None:
@@ -373,7 +389,7 @@ class Scheduler:
         return builder.build(self._step)
 
     def _schedule(self) -> PlanBuilder:
-        builder = PlanBuilder(self.manager, self._running)
+        builder = PlanBuilder(self.manager, self.config, self._running)
         preempted = self._schedule_decodes(builder)
         self._schedule_prefills(builder)
         self._admit(builder, preempted=preempted)
@@ -387,10 +403,26 @@ class Scheduler:
         with self._change:
             rows = self._running.rows
             self._step, self._outstanding = step, None
-            self.manager.cancel(table.handles_of(rows[table.num_reserved[rows] != table.num_computed[rows]]))
+            lost = self._cancel(table.handles_of(rows[table.num_reserved[rows] != table.num_computed[rows]]))
+            if lost:
+                self._preempt(lost)
 
-    def _complete_tables(self, plan: StepPlan, sampled: Int32Array) -> None:
-        """Book the step in the tables. Who should have got a token and got none may have computed K/V that are no good: take it back."""
+    def _cancel(self, seqs: Int64Array) -> list[Branch]:
+        """Take back what is reserved; returns who must start again: of whom more than that is gone, where recurrent state cannot follow."""
+        if not self.config.has_state:
+            self.manager.cancel(seqs)
+            return []
+        rows = self.manager.rows_of(seqs)
+        before = self.manager.table.num_computed[rows]
+        self.manager.cancel(seqs)
+        return [self._running.branch(row) for row in rows[self.manager.table.num_computed[rows] < before].tolist()]
+
+    def _complete_tables(self, plan: StepPlan, sampled: Int32Array) -> list[Branch]:
+        """Book the step in the tables. Who should have got a token and got none may have computed K/V that are no good: take it back.
+
+        Returns:
+            of those, who must start again.
+        """
         next_ids = sampled
         if len(sampled) < plan.num_seqs:
             next_ids = np.full(plan.num_seqs, -1, dtype=np.int32)
@@ -398,11 +430,11 @@ class Scheduler:
         lost = plan.sampling_seqs[sampled == -1]
         if not len(lost):
             self.manager.complete(plan.seqs, next_ids)
-            return
+            return []
         good = np.ones(plan.num_seqs, dtype=np.bool_)
         good[lost] = False
         self.manager.complete(plan.seqs[good], next_ids[good])  # first, as it may refuse
-        self.manager.cancel(plan.seqs[lost])
+        return self._cancel(plan.seqs[lost])
 
     def _after_prefills(self, sampled_rows: Int64Array) -> None:
         """What only a step with prompt tokens can bring: first tokens, prefixes that others wait for, trunks ready to fork."""
@@ -449,7 +481,7 @@ class Scheduler:
         decoding = set(builder.decodes.tolist())
         for row in self._running.rows.tolist():
             if row not in decoding:
-                chunk = builder.fit_chunk(row, self.config.max_num_batched_tokens - builder.num_tokens)
+                chunk = builder.fit_chunk(row)
                 if chunk:
                     builder.add_prefill(row, chunk)
 
@@ -494,9 +526,12 @@ class Scheduler:
         if not len(self._waiting):
             return
         self._admission.begin_step()
-        while builder.num_tokens < self.config.max_num_batched_tokens:
+        while builder.budget > 0:
             branch = self._admission.next(self._step, preempted=preempted)
             if branch is None:
+                return
+            if not builder.takes(len(branch.token_ids) - branch.is_trunk):
+                branch.record.note(EventKind.WAITING, self._step, reason=WaitReason.TOKENS, budget=builder.budget)
                 return
             with self._change:
                 self._start(branch)
@@ -505,10 +540,10 @@ class Scheduler:
                     self._fork(branch)
             if computed:
                 for child in branch.record.branches:
-                    if builder.fit_chunk(child.row, self.config.max_num_batched_tokens - builder.num_tokens):
+                    if builder.fit_chunk(child.row):
                         builder.add_prefill(child.row, 1)
                 continue
-            chunk = builder.fit_chunk(branch.row, self.config.max_num_batched_tokens - builder.num_tokens)
+            chunk = builder.fit_chunk(branch.row)
             if chunk:
                 builder.add_prefill(branch.row, chunk)
 
@@ -530,11 +565,11 @@ class Scheduler:
             detail["miss"] = self._admission.miss_reason(branch)
         record.note(EventKind.ADMITTED, self._step, **detail)
 
-    def _place(self, branch: Branch, seq: int) -> None:
+    def _place(self, branch: Branch, seq: int, *, source_row: int | None = None) -> None:
         branch.seq = seq
         branch.row = int(self.manager.rows_of([seq])[0])
         self._running.add(branch)
-        self._assignments.append(Assignment(branch.row, branch.request.request_id, branch.index))
+        self._assignments.append(Assignment(branch.row, branch.request.request_id, branch.index, source_row))
 
     def _fork_ready(self) -> None:
         for row, left in zip(self._running.rows.tolist(), self._running.remaining().tolist(), strict=True):
@@ -547,11 +582,12 @@ class Scheduler:
         self._running.drop([trunk.row])
         count = trunk.width - 1
         trunk.is_trunk = False
-        self._place(trunk, trunk.seq)
+        source = trunk.row
+        self._place(trunk, trunk.seq, source_row=source)
         for index, seq in enumerate(self.manager.fork(trunk.seq, count).tolist(), start=1):
             child = Branch(trunk.record, index, trunk.token_ids, status=Status.RUNNING)
             trunk.record.branches.append(child)
-            self._place(child, seq)
+            self._place(child, seq, source_row=source)
         trunk.record.note(EventKind.FORKED, self._step, n=count + 1)
 
     def _finish(self, branch: Branch, reason: FinishReason, stop_reason: int | str | None) -> None:

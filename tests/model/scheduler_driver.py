@@ -18,6 +18,7 @@ from pagedkv.core import KVCacheManager
 from pagedkv.errors import OutOfBlocksError, RequestTooLargeError
 from pagedkv.plan import StepPlan
 from pagedkv.scheduling import (
+    Assignment,
     Branch,
     EventKind,
     FirstComeFirstServed,
@@ -93,6 +94,30 @@ class HashModel:
         return next_token(histories[0], index, self.vocabulary)
 
 
+class RowStates:
+    """Recurrent state as the tokens that went into it, by row: what one of those ran on that it should not have, shows."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[int]] = {}
+
+    def follow(self, assignments: Sequence[Assignment]) -> None:
+        for each in assignments:
+            self.rows[each.row] = [] if each.source_row is None else list(self.rows[each.source_row])
+
+    def verify(self, plan: StepPlan, manager: KVCacheManager, *, whole: bool) -> None:
+        """Every row goes on from the state that it has; from one that is not empty, by a token where prompts are whole."""
+        for row, end, count in zip(plan.rows.tolist(), plan.seq_lens.tolist(), plan.query_lens.tolist(), strict=True):
+            expected = manager.table.token_ids[row, : end - count].tolist()
+            assert self.rows[row] == expected, f"row {row} goes on from {self.rows[row]}, its tokens are {expected}"
+            assert count == 1 or not (whole and expected), f"row {row} computes {count} tokens behind {len(expected)}"
+
+    def advance(self, plan: StepPlan, lost_row: int | None) -> None:
+        """Take in a step that was booked, but for the row that got no token."""
+        for seq, row in enumerate(plan.rows.tolist()):
+            if row != lost_row:
+                self.rows[row].extend(plan.token_ids[plan.cu_seqlens_q[seq] : plan.cu_seqlens_q[seq + 1]].tolist())
+
+
 @dataclass(frozen=True)
 class Setting:
     """One scheduler under test."""
@@ -108,6 +133,7 @@ class Setting:
     @staticmethod
     def draw(rng: random.Random) -> Setting:
         smallest = rng.choice([rng.randint(3, 12), rng.randint(3, 36)])
+        recurrent_state = rng.choice(["none", "none", "none", "chunked", "whole"])
         return Setting(
             num_blocks=(smallest,) if rng.random() < 0.8 else (smallest, smallest + 3),
             block_size=rng.choice([1, 2, 4]),
@@ -117,9 +143,10 @@ class Setting:
                 max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 64]),
                 max_preemptions=rng.choice([0, 1, 3]),
                 watermark=rng.choice([0.0, 0.01, 0.2]),
+                recurrent_state=recurrent_state,
             ),
             policy=rng.choice([FirstComeFirstServed(), Priority(), LongestCachedPrefix(), LongestCachedPrefix(lookahead=3, patience=2)]),
-            caching=rng.random() < 0.8,
+            caching=rng.random() < 0.8 and recurrent_state == "none",
             with_pins=rng.random() < 0.15,
         )
 
@@ -138,6 +165,7 @@ class SchedulerDriver:
         )
         self.scheduler = kind(self.manager, setting.config, policy=setting.policy, clock=lambda: 0.0)
         self.model = HashModel(setting.block_size, len(setting.num_blocks), setting.vocabulary)
+        self.states = RowStates()
         self.requests: dict[str, Request] = {}
         self.ended_from_outside: set[tuple[str, int]] = set()
         self.preempted_from_outside: set[str] = set()
@@ -166,8 +194,10 @@ class SchedulerDriver:
         plan = self.scheduler.plan()
         self._verify_state()
         assert oldest is None or oldest.num_preemptions == before, "the oldest running branch was preempted"
-        for assignment in self.scheduler.take_assignments():
+        assignments = self.scheduler.take_assignments()
+        for assignment in assignments:
             self.owners[assignment.row] = (self.requests[assignment.request_id].namespace, assignment.index)
+        self.states.follow(assignments)
         if plan is None:
             return
         self.num_steps += 1
@@ -178,6 +208,7 @@ class SchedulerDriver:
             if kind < 0.03:
                 self.model.copy_blocks(plan)
             self.scheduler.undo(plan)
+            self._note_restarts()
         else:
             tokens = self.model.forward(plan, self.owners)
             aborted = self._abort_one() if kind < 0.12 else None
@@ -194,9 +225,18 @@ class SchedulerDriver:
             tokens[lost] = -1
             row = int(plan.rows[plan.sampling_seqs[lost]])
             branch = next(branch for branch in self._branches() if branch.status is Status.RUNNING and branch.row == row)
+        lost_row = None if branch is None else branch.row
+        if branch is not None:
+            self._note_restarts()
         self.scheduler.complete(plan, np.array(tokens, dtype=np.int32))
+        self.states.advance(plan, lost_row)
         if branch is not None:
             self._end(branch, "error")
+
+    def _note_restarts(self) -> None:
+        """Who starts again because a step failed counts as preempted from outside."""
+        if self.setting.config.has_state:
+            self.preempted_from_outside |= set(self.requests)
 
     # Disturbances.
 
@@ -271,7 +311,11 @@ class SchedulerDriver:
 
     def _verify_plan(self, plan: StepPlan) -> None:
         size = self.setting.block_size
-        assert 0 < plan.num_tokens <= self.setting.config.max_num_batched_tokens
+        whole = self.setting.config.recurrent_state == "whole"
+        assert plan.num_tokens > 0
+        assert plan.num_tokens - whole * plan.num_decodes <= self.setting.config.max_num_batched_tokens
+        if self.setting.config.has_state:
+            self.states.verify(plan, self.manager, whole=whole)
         assert plan.num_seqs <= self.setting.config.max_num_seqs
         assert (plan.query_lens[: plan.num_decodes] == 1).all()
         assert (plan.query_lens >= 1).all()

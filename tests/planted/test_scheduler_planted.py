@@ -67,8 +67,11 @@ def number_forks_alike(right: Callable[..., list[Assignment]], scheduler: Schedu
     return [replace(assignment, index=0) for assignment in right(scheduler)]
 
 
-def budget_and_one(right: Callable[..., int], builder: PlanBuilder, row: int, budget: int) -> int:
-    return right(builder, row, budget + 1)
+def budget_and_one(right: Callable[..., int], builder: PlanBuilder, row: int) -> int:
+    builder.num_tokens -= 1
+    chunk = right(builder, row)
+    builder.num_tokens += 1
+    return chunk
 
 
 def sample_from_a_neighbour(right: Callable[..., StepPlan], builder: PlanBuilder, step: int) -> StepPlan:
