@@ -59,7 +59,7 @@ EXPORTS = {
         "Status",
         "WaitReason",
     },
-    "pagedkv.storage": {"BatchBuilder", "KVStorage", "LayerPool", "LayerSpec", "StepBatch"},
+    "pagedkv.storage": {"BatchBuilder", "KVStorage", "LayerPool", "LayerSpec", "StateSpec", "StateStorage", "StepBatch"},
     "pagedkv.attention": {"AttendOptions", "AttentionBackend", "AttentionSpec", "Mask", "StepAttention", "get_backend"},
     "pagedkv.models": {
         "PROCESSOR_OPTIONS",

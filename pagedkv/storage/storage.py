@@ -5,7 +5,6 @@ It owns the tensors. It does not own whose slot is whose, nor the order of writi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +15,10 @@ from torch import Tensor
 from pagedkv.checks import integer, integers, shown
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PoolAllocationError
 from pagedkv.plan import Int32Array
+from pagedkv.storage.memory import physical_memory
 from pagedkv.storage.pool import LayerPool, check_geometry
 from pagedkv.storage.spec import LayerSpec
+from pagedkv.storage.state import StateStorage
 
 BlockIds = Tensor | Sequence[int] | npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -31,9 +32,13 @@ class KVStorage:
         block_size: tokens in one block.
         dtype: floating dtype of K and V.
         device: where the pools live.
+        state: recurrent state that goes with them; closed with them.
+
+    Attributes:
+        state: as given.
 
     Raises:
-        ConfigError: no layers, a hole in the groups, or a size out of range.
+        ConfigError: no layers and no state, a hole in the groups, or a size out of range.
         PoolAllocationError: the device refused the memory. Nothing is kept.
 
     Cost: ``nbytes`` of memory, written once.
@@ -51,12 +56,13 @@ class KVStorage:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        state: StateStorage | None = None,
     ) -> None:
         if not isinstance(layers, Sequence) or not all(isinstance(layer, LayerSpec) for layer in layers):
             raise ConfigError(f"layers is {shown(layers)}: it must be a list of LayerSpec")
-        if not layers:
-            raise ConfigError("layers is empty: a storage holds at least one layer")
-        groups = sorted({layer.group for layer in layers})
+        if not layers and state is None:
+            raise ConfigError("layers is empty: a storage holds at least one layer, or recurrent state")
+        groups = sorted({layer.group for layer in layers}) or [0]  # without a layer, blocks only count positions
         if groups != list(range(len(groups))):
             raise ConfigError(f"the layers' groups are {groups}: they are counted 0, 1, ... without a hole")
         counts = tuple(num_blocks) if isinstance(num_blocks, Sequence) and not isinstance(num_blocks, str) else (num_blocks,) * len(groups)
@@ -68,6 +74,7 @@ class KVStorage:
         self.block_size = block_size
         self.dtype = dtype
         self.device = as_device(device)
+        self.state = state
         self.nbytes = sum(counts[layer.group] * block_size * layer.nbytes_per_token(dtype) for layer in layers)
         self._pools: tuple[LayerPool, ...] = self._allocate(layers)
         self._closed = False
@@ -75,7 +82,7 @@ class KVStorage:
     def _allocate(self, layers: Sequence[LayerSpec]) -> tuple[LayerPool, ...]:
         size = f"{self.nbytes:,} bytes: {len(layers)} layers, {self.num_blocks} blocks of {self.block_size} tokens in {self.dtype}"
         # An operating system that overcommits would grant each layer and kill the process when the sum is touched.
-        physical = _physical_memory() if self.device.type == "cpu" else None
+        physical = physical_memory() if self.device.type == "cpu" else None
         if physical is not None and self.nbytes > physical:
             raise PoolAllocationError(f"the pools need {size}; this machine has {physical:,} bytes. Use fewer num_blocks")
         pools: list[LayerPool] = []
@@ -199,6 +206,8 @@ class KVStorage:
         """Give the memory back. Pools that a caller kept stay alive until the caller drops them. May be called again."""
         self._closed = True
         self._pools = ()
+        if self.state is not None:
+            self.state.close()
 
     def _pool(self, layer: int) -> LayerPool:
         pools = self.layers
@@ -218,11 +227,3 @@ def as_device(device: torch.device | str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device is {shown(device)}: it must name one that torch knows, such as 'cpu' or 'cuda'") from error
-
-
-def _physical_memory() -> int | None:
-    """Bytes of memory in this machine, or None where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
