@@ -453,7 +453,13 @@ class Engine:
 
     def _parse(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         (params,) = as_params_list(params, 1)
-        parsed = parse_prompt(prompt, tokenizer=self._tokenizer, num_token_ids=self._runner.num_token_ids, max_model_len=self.max_model_len)
+        parsed = parse_prompt(
+            prompt,
+            tokenizer=self._tokenizer,
+            num_token_ids=self._runner.num_token_ids,
+            max_model_len=self.max_model_len,
+            limit_reason=limit_reason(self._runner, self.max_model_len),
+        )
         params.check_vocabulary(self._runner.vocab_size)
         needs_text = [name for name in ("stop", "bad_words") if getattr(params, name)]
         if needs_text and (self._tokenizer is None or ("stop" in needs_text and not params.detokenize)):
@@ -493,5 +499,12 @@ def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:
             raise ConfigError("the model states no longest length: give max_model_len")
         return positions
     if positions is not None and asked > positions:
-        raise ConfigError(f"max_model_len is {asked}, the model has {positions} positions")
+        reason = limit_reason(runner, positions)
+        served = f"the model has {positions} positions" if reason is None else f"{positions} positions of this model are served: {reason}"
+        raise ConfigError(f"max_model_len is {asked}, {served}")
     return asked
+
+
+def limit_reason(runner: ModelRunner, max_model_len: int) -> str | None:
+    """Why no longer sequence is served, where the model states more positions than that."""
+    return runner.max_positions_reason if max_model_len == runner.max_positions else None

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
-from pagedkv.engine import Engine, EngineConfig, EngineStatistics, resolve_max_model_len
+from pagedkv.engine import Engine, EngineConfig, EngineStatistics, limit_reason, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import ModelRunner, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
@@ -285,8 +285,13 @@ class LLM:
         return work
 
     def _parse(self, prompt: Prompt) -> ParsedPrompt:
-        num_token_ids = self._runner.num_token_ids
-        return parse_prompt(prompt, tokenizer=self._tokenizer, num_token_ids=num_token_ids, max_model_len=self._max_model_len)
+        return parse_prompt(
+            prompt,
+            tokenizer=self._tokenizer,
+            num_token_ids=self._runner.num_token_ids,
+            max_model_len=self._max_model_len,
+            limit_reason=limit_reason(self._runner, self._max_model_len),
+        )
 
     def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
         """Make the pool as large as this work can use, unless it is already, or is in use.

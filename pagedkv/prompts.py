@@ -49,7 +49,9 @@ class ParsedPrompt:
     priority: int = 0
 
 
-def parse_prompt(prompt: Prompt | ParsedPrompt, *, tokenizer: Encoder | None, num_token_ids: int, max_model_len: int) -> ParsedPrompt:
+def parse_prompt(
+    prompt: Prompt | ParsedPrompt, *, tokenizer: Encoder | None, num_token_ids: int, max_model_len: int, limit_reason: str | None = None
+) -> ParsedPrompt:
     """Check a prompt and encode it if it is text.
 
     Args:
@@ -57,6 +59,7 @@ def parse_prompt(prompt: Prompt | ParsedPrompt, *, tokenizer: Encoder | None, nu
         tokenizer: for texts; None if there is none.
         num_token_ids: ids that the model can read, from 0.
         max_model_len: tokens of prompt and output together; at least one is left for the output.
+        limit_reason: why ``max_model_len`` cannot be raised, if it cannot.
 
     Raises:
         InvalidRequestError: names what is wrong, the limit and the setting to change.
@@ -67,6 +70,7 @@ def parse_prompt(prompt: Prompt | ParsedPrompt, *, tokenizer: Encoder | None, nu
     if len(token_ids) >= max_model_len:
         raise InvalidRequestError(
             f"the prompt has {len(token_ids)} tokens and max_model_len is {max_model_len}, one of them for the output: shorten it"
+            + (f" ({limit_reason})" if limit_reason else "")
         )
     salt, priority = fields.get("cache_salt", ""), fields.get("priority", 0)
     salt = text("cache_salt", salt, error=InvalidRequestError)

@@ -100,6 +100,11 @@ def _model(options: argparse.Namespace) -> list[Finding]:
             ),
         ),
         Finding("layers", f"{len(runner.layers)} that store K/V", tuple(f"{count} x {kind}" for kind, count in kinds.items())),
+        Finding(
+            "positions",
+            "no limit" if runner.max_positions is None else f"{runner.max_positions:,}",
+            () if runner.max_positions_reason is None else (runner.max_positions_reason,),
+        ),
         Finding("K/V", f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}"),
         Finding(
             "packed linear layers",

@@ -20,7 +20,9 @@ from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import PackedCall
 from pagedkv.models.context import AttentionCall, MaskFunction, activate
 from pagedkv.models.facade import CacheFacade, marked_layer
+from pagedkv.models.limits import max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers, resolve_mask
+from pagedkv.models.positions import PositionTables
 from pagedkv.storage import LayerSpec
 
 _NUM_TOKENS = 3
@@ -63,15 +65,18 @@ def probe_model(model: PreTrainedModel, call: PackedCall) -> ModelShape:
     tokens = torch.zeros(_NUM_TOKENS, dtype=torch.int64, device=device)
     positions = torch.arange(_NUM_TOKENS, device=device)
     configs = attention_configs(model)
+    tables = PositionTables(positions)
     try:
-        with pointed_at_us(configs), _experts_without_data(configs, device), activate(step):
+        with tables, pointed_at_us(configs), _experts_without_data(configs, device), activate(step):
             logits = call(tokens, positions, cache=CacheFacade(step), logits_indices=positions)
     except ConfigError:
         raise
     except Exception as error:
         # Whatever a model raises over our cache means one thing to the caller: it cannot be run.
         raise UnsupportedModelError(f"{type(model).__name__} failed over a paged cache: {type(error).__name__}: {error}") from error
-    return step.shape(type(model).__name__, int(logits.shape[-1]))
+    shape = step.shape(type(model).__name__, int(logits.shape[-1]))
+    _check_config(model, shape, tables)
+    return shape
 
 
 class _RecordingStep:
@@ -133,6 +138,19 @@ class _RecordingStep:
             requests=tuple(self._requests),
             vocab_size=vocab_size,
         )
+
+
+def _check_config(model: PreTrainedModel, shape: ModelShape, tables: PositionTables) -> None:
+    """Raise ``UnsupportedModelError`` where the config says more than the model has: positions, or tokens."""
+    name, stated = type(model).__name__, max_positions(model.config)
+    if tables.reach is not None and stated is not None and tables.reach < stated:
+        raise UnsupportedModelError(
+            f"the config of {name} states {stated} positions, its table of learned positions has rows for {tables.reach}"
+        )
+    named = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    for part, rows in (("output head scores", shape.vocab_size), ("embedding reads", num_token_ids(model))):
+        if isinstance(named, int) and rows < named:
+            raise UnsupportedModelError(f"the config of {name} states a vocabulary of {named} tokens, its {part} {rows}")
 
 
 def checked_layer(call: AttentionCall) -> int:

@@ -6,8 +6,6 @@ Owns the rules that a look at the class and the config can decide. What only run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
@@ -18,7 +16,6 @@ _DENIED = {
     "recurrent_gemma": "it keeps recurrent state on its modules",
 }
 _RECURRENT = ("linear", "conv", "mamba", "recurrent", "ssm", "rwkv")
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_model(model: object) -> PreTrainedModel:
@@ -55,23 +52,6 @@ def check_config(config: PreTrainedConfig, *, name: str) -> None:
     for layer_type in getattr(text, "layer_types", None) or ():
         if any(word in str(layer_type) for word in _RECURRENT):
             raise UnsupportedModelError(f"{name} has {layer_type} layers, whose state is not paged in this release")
-    for rope_type in _rope_types(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)):
-        if rope_type in _BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModelError(
-                f"{name} uses rope type {rope_type!r}, which picks its frequencies from the longest sequence of the batch: "
-                "tokens would depend on a request's neighbours"
-            )
-
-
-def _rope_types(parameters: object) -> Iterator[str]:
-    # One mapping for the model, or one per layer type.
-    if not isinstance(parameters, Mapping):
-        return
-    for key, value in parameters.items():
-        if key in ("rope_type", "type") and isinstance(value, str):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _rope_types(value)
 
 
 def _head(model: PreTrainedModel) -> object | None:

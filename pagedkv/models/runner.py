@@ -23,9 +23,10 @@ from pagedkv.models.compiled import OutsideOfGraphs, is_compiled
 from pagedkv.models.context import activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.fusion import Fusion, FusionReport
-from pagedkv.models.limits import eos_token_ids, max_positions, num_token_ids
+from pagedkv.models.limits import eos_token_ids, num_token_ids
 from pagedkv.models.masks import MaskCarriers
 from pagedkv.models.packed_linears import PackedLinears, PackingReport
+from pagedkv.models.positions import RotaryEmbeddings
 from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_model
 from pagedkv.models.selfcheck import SelfCheck, self_check
@@ -68,7 +69,8 @@ class ModelRunner:
         layers: geometry of each layer that stores K/V.
         vocab_size: width of the logits.
         num_token_ids: token ids from 0 that the model can read; usually ``vocab_size``.
-        max_positions: longest sequence the config states, or None.
+        max_positions: longest sequence that is served, or None for no limit.
+        max_positions_reason: why it is less than the config states; None where it is not.
         dtype: of K and V.
         device: of the model.
         eos_token_ids: ascending, possibly none.
@@ -91,9 +93,10 @@ class ModelRunner:
         if model.device.type == "meta":
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
         self._call = PackedCall(model)
+        self._rotaries = RotaryEmbeddings(model)
         self._linears = PackedLinears(model, pack_linears)
         self._fusion = Fusion(model, fuse)
-        with self._linears.recording():
+        with self._linears.recording(), self._rotaries.pinned():
             shape = probe_model(model, self._call)
         specs = [replace(request, block_size=block_size) for request in shape.requests]
         self._backend = get_backend(backend, device=model.device, specs=specs)
@@ -112,7 +115,8 @@ class ModelRunner:
         self.num_token_ids = num_token_ids(model)
         # Ids that a head could name but the embedding could not read are never offered to a sampler.
         self.vocab_size = min(shape.vocab_size, self.num_token_ids)
-        self.max_positions = max_positions(model.config)
+        self.max_positions = self._rotaries.positions.reach
+        self.max_positions_reason = self._rotaries.positions.reason
         self.eos_token_ids = eos_token_ids(model)
         self._linears.pack()
         self._fusion.fuse_layers(self._linears, self._configs, sorted({layer.key_dim for layer in self.layers}))
@@ -175,7 +179,13 @@ class ModelRunner:
             options=self._options,
             num_tokens=batch.plan.num_tokens,
         )
-        with pointed_at_us(self._configs), self._fusion.in_place() as fused, self._linears.in_place(fused), activate(step):
+        with (
+            self._rotaries.pinned(),
+            pointed_at_us(self._configs),
+            self._fusion.in_place() as fused,
+            self._linears.in_place(fused),
+            activate(step),
+        ):
             logits = self._call(batch.token_ids, batch.positions, cache=CacheFacade(step), logits_indices=batch.logits_indices)
         if not step.complete:
             raise UnsupportedModelError(
@@ -196,7 +206,8 @@ class ModelRunner:
         ways_out = iter([give_up for may, give_up in ((may_unfuse, self._fusion.give_up), (may_unpack, self._linears.unpack)) if may])
         while True:
             try:
-                return self_check(self, self._call, shape)
+                with self._rotaries.pinned():
+                    return self_check(self, self._call, shape)
             except Exception as error:
                 reason = f"the self-check failed with it: {error}"
                 if not any(give_up(reason) for give_up in ways_out):  # tried up to the first that had something to give up

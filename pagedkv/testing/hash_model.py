@@ -118,6 +118,7 @@ class HashModel:
         self.block_size = block_size
         self.vocab_size = self.num_token_ids = vocab_size
         self.max_positions = max_positions
+        self.max_positions_reason: str | None = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.device = "cpu"
         self.namespaces_of = namespaces_of

@@ -42,7 +42,8 @@ class SimulatedRunner:
         self._namespace_of = namespace_of
         self.block_size, self.device = inner.block_size, inner.device
         self.vocab_size, self.num_token_ids = inner.vocab_size, inner.num_token_ids
-        self.max_positions, self.eos_token_ids = inner.max_positions, inner.eos_token_ids
+        self.max_positions, self.max_positions_reason = inner.max_positions, inner.max_positions_reason
+        self.eos_token_ids = inner.eos_token_ids
         self.fault: Fault | None = None
         self.digest = hashlib.sha256()
         self.plan: StepPlan | None = None

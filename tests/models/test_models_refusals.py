@@ -40,16 +40,12 @@ LATENT = {
     "topk_group": 1,
 }
 SMALL_GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gptj", {**SMALL_GPT, "rotary_dim": 4}, "AttentionInterface"),
     ("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
     ("mpt", {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "AttentionInterface"),
     ("falcon", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "AttentionInterface"),
-    ("llama", {**BASE, "rope_parameters": DYNAMIC}, "'dynamic'.*neighbours"),
-    ("phi3", {**BASE, "original_max_position_embeddings": 32, "rope_parameters": LONG}, "'longrope'.*neighbours"),
     ("deepseek_v3", {**BASE, **LATENT}, "changes K or V after storing it"),
     ("diffllama", BASE, "changes K or V after storing it"),
     ("mamba", MAMBA, "whose state is not paged"),
