@@ -1,6 +1,6 @@
-"""How a model is called on packed tokens: which arguments its forward takes, learned once.
+"""How a model is called during a step: which arguments its forward takes, learned once.
 
-Owns the argument list and the slicing of logits to the rows that are wanted. It does not own what happens inside.
+Owns the argument list and the slicing of logits to those that are wanted. It does not own what happens inside.
 """
 
 from __future__ import annotations
@@ -15,51 +15,76 @@ from transformers import Cache, PreTrainedModel
 from pagedkv.errors import UnsupportedModelError
 
 
-class PackedCall:
-    """Calls a causal language model on ``T`` packed tokens of several sequences.
+class ModelCall:
+    """Calls a causal language model on rows of tokens over a cache of ours: one row of packed tokens, or one row a sequence.
 
     Args:
         model: the model; its signature is read here, once.
 
     Raises:
-        UnsupportedModelError: the model takes no ``position_ids`` (its positions could not differ per sequence) or no
-            ``past_key_values``.
+        UnsupportedModelError: the model takes no ``past_key_values``.
+
+    Attributes:
+        model: the model.
+        takes_positions: whether it takes ``position_ids``, so that tokens of one row can be of several sequences.
+        takes_mask: whether it takes an ``attention_mask``, so that rows can be of several lengths.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         outer = _parameters(model)
         inner = _parameters(model.base_model) if isinstance(model.base_model, torch.nn.Module) else outer
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
-        for name in ("position_ids", "past_key_values"):
-            if name not in outer and not (passes_on and name in inner):
-                raise UnsupportedModelError(f"{type(model).__name__}.forward takes no {name}: sequences of a batch cannot keep their own")
-        self._model = model
-        self._keeps = "logits_to_keep" in outer
-        self._use_cache = "use_cache" in outer or (passes_on and "use_cache" in inner)
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, *, cache: Cache, logits_indices: Tensor) -> Tensor:
-        """Logits ``[K, V]`` of the rows ``logits_indices [K]`` of ``token_ids [T]`` at ``positions [T]``, all int64.
+        def takes(name: str) -> bool:
+            return name in outer or (passes_on and name in inner)
+
+        if not takes("past_key_values"):
+            raise UnsupportedModelError(f"{type(model).__name__}.forward takes no past_key_values: it keeps no K/V that could be paged")
+        self.model = model
+        self.takes_positions = takes("position_ids")
+        self.takes_mask = takes("attention_mask")
+        self._keeps = "logits_to_keep" in outer
+        self._use_cache = takes("use_cache")
+
+    def __call__(
+        self, token_ids: Tensor, positions: Tensor, *, cache: Cache, columns: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Run the model on some rows.
 
         Runs under ``no_grad``, not inference mode: buffers that a model keeps (rope tables) stay usable in training.
+
+        Args:
+            token_ids: ``[R, Q]`` int64.
+            positions: ``[R, Q]`` int64; not passed on to a model that takes none.
+            cache: what the model stores K/V in and gets them from.
+            columns: ``[C]`` int64 places in the rows whose logits are wanted.
+            attention_mask: ``[R, K]`` int64, 1 for the keys of each row that are there; None when the cache alone decides.
+
+        Returns:
+            ``[R, C, V]`` logits.
         """
-        arguments: dict[str, Any] = {"position_ids": positions[None], "past_key_values": cache}
+        arguments: dict[str, Any] = {"past_key_values": cache}
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
         if self._use_cache:
             arguments["use_cache"] = True
         if self._keeps:
-            arguments["logits_to_keep"] = logits_indices
+            arguments["logits_to_keep"] = columns
         with torch.no_grad():
-            logits = logits_of(self._model(input_ids=token_ids[None], **arguments))[0]
-            return logits if self._keeps else logits[logits_indices]
+            logits = logits_of(self.model(input_ids=token_ids, **arguments))
+            return logits if self._keeps else logits[:, columns]
 
     def plain(self, token_ids: Tensor) -> Tensor:
         """Logits ``[T, V]`` of one sequence by the model's own forward, without any cache."""
         with torch.no_grad():
             arguments = {"use_cache": False} if self._use_cache else {}
-            return logits_of(self._model(input_ids=token_ids[None], **arguments))[0]
+            return logits_of(self.model(input_ids=token_ids[None], **arguments))[0]
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits ``[1, K, V]`` in what a model returned; a model may be set to return tuples, with the logits first."""
+    """The logits ``[R, C, V]`` in what a model returned; a model may be set to return tuples, with the logits first."""
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple):
         logits = output[0]

@@ -1,8 +1,8 @@
 """The step context: how one forward pass under a runner reaches the hooks that transformers calls deep inside the model.
 
 Owns the context variable and the protocol between the hooks and whoever runs a step. It does not own what a step does
-(``step.py`` pages it, ``probe.py`` records it) and not the hooks (``bridge.py``, ``facade.py``). A context variable, not
-keyword arguments: several models do not forward unknown keywords to their attention function.
+(``step.py`` and ``dense.py`` page it, ``probe.py`` records it) and not the hooks (``bridge.py``, ``facade.py``). A context
+variable, not keyword arguments: several models do not forward unknown keywords to their attention function.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class AttentionCall:
     Attributes:
         module: the attention module that called.
         query: ``[1, Hq, T, Dk]``.
-        key: what the module holds after the cache update; ``[1, Hkv, T, Dk]`` if it left it alone.
-        value: the same, ``[1, Hkv, T, Dv]``.
+        key: what the module holds after the cache update; ``[1, Hkv, T, Dk]`` if it left it alone, ``[1, H, K, Dk]`` of all tokens
+            of all sequences, one after the other, if it was given those.
+        value: the same, ``Dv`` wide.
         mask: a carrier made by the registered mask function, or None when the model made no mask.
         scale: the factor on the scores, already defaulted.
         softcap: the bound of the soft cap, or None.
@@ -53,8 +54,12 @@ class StepContext(Protocol):
     def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
         """A small tensor that stands for the mask and that ``attend`` recognises."""
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
-        """Store the new keys and values of one layer, ``[1, Hkv, T, D]`` each."""
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Store the new keys and values of one layer, ``[1, Hkv, T, D]`` each.
+
+        Returns:
+            None where attention reads what is stored in place; else K and V of all tokens, new and old, for the model to go on with.
+        """
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention output ``[1, T, Hq, Dv]`` for one call."""

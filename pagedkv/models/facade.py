@@ -1,8 +1,8 @@
-"""The cache object that a model sees during a step: it hands K/V to the step and returns them marked.
+"""The cache objects that a model sees during a step: they hand K/V to the step and return what the model is to go on with.
 
 Owns the marks, by which the attention function knows that the tensors it got are the ones that were stored and of which
 layer (so layers that read another layer's K/V work), and the answers to what models ask of a cache. It owns no tensor:
-the new tokens are written where the step puts them, and the past is never returned.
+the new tokens are written where the step puts them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,8 @@ def marked_layer(key: Tensor, value: Tensor) -> int | None:
     return layer if layer is not None and getattr(value, _VALUE_MARK, None) == layer else None
 
 
-class CacheFacade(Cache):
-    """A transformers ``Cache`` over one step. Made per step; holds nothing after it.
-
-    To the model every step looks like a first call: the length is 0 and only the step's own tokens are there. Positions
-    come as ``position_ids`` and masks as functions of positions, so nothing of the past is needed outside attention.
-    """
+class StepCache(Cache):
+    """What every cache of ours answers. Made per step; holds nothing after it."""
 
     def __init__(self, step: StepContext) -> None:
         # Cache.__init__ wants layer objects that hold tensors; there are none here.
@@ -40,27 +36,12 @@ class CacheFacade(Cache):
         self.layer_class_to_replicate = None
         self.offloading = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store ``[1, Hkv, T, D]`` keys and values of a layer and return the same two tensors, marked."""
-        self._step.update(key_states, value_states, layer_idx)
-        setattr(key_states, _KEY_MARK, layer_idx)
-        setattr(value_states, _VALUE_MARK, layer_idx)
-        return key_states, value_states
-
     def __len__(self) -> int:
         return 0
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Always 0: the past is not the model's business."""
-        return 0
-
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Always 0, as ``get_seq_length``."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that a mask would cover: the step's own tokens."""
-        return int(query_length), 0
+        """As ``get_seq_length``."""
+        return int(self.get_seq_length(layer_idx))
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1, transformers' word for no limit."""
@@ -127,6 +108,56 @@ class CacheFacade(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Refuses: sequences are forked through their block tables."""
         raise UnsupportedModelError("beams are forked through block tables, not by reordering a step's cache")
+
+
+class CacheFacade(StepCache):
+    """The cache of a packed step, a row of tokens of several sequences.
+
+    To the model every step looks like a first call: the length is 0 and only the step's own tokens are there. Positions
+    come as ``position_ids`` and masks as functions of positions, so nothing of the past is needed outside attention.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store ``[1, Hkv, T, D]`` keys and values of a layer and return the same two tensors, marked, or what the step gathered."""
+        gathered = self._step.update(key_states, value_states, layer_idx)
+        if gathered is not None:
+            return gathered
+        setattr(key_states, _KEY_MARK, layer_idx)
+        setattr(value_states, _VALUE_MARK, layer_idx)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: the past is not the model's business."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a mask would cover: the step's own tokens."""
+        return int(query_length), 0
+
+
+class DenseCache(StepCache):
+    """The cache of rows of equal query length, as if right-aligned sequences with their pads had been stored.
+
+    Args:
+        step: where K and V go, and come from.
+        past_len: tokens before the new ones in the longest row.
+    """
+
+    def __init__(self, step: StepContext, past_len: int) -> None:
+        super().__init__(step)
+        self._past_len = past_len
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store ``[R, Hkv, Q, D]`` keys and values of a layer; returns those of the whole rows, ``[R, Hkv, K, D]``."""
+        return self._step.update(key_states, value_states, layer_idx) or (key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens, pads included, before the new ones."""
+        return self._past_len
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a mask covers: all, old and new."""
+        return self._past_len + int(query_length), 0
 
 
 def _refuse_recurrent() -> NoReturn:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pagedkv.checks import integer
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.models.call import PackedCall
 from pagedkv.models.loading import DtypeName, load_config, parse_dtype
 from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_config, check_model
@@ -137,8 +136,7 @@ def _shape(model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLi
         model_or_config = load_config(model_or_config)
     if isinstance(model_or_config, PreTrainedConfig):
         model_or_config = _without_weights(model_or_config)
-    model = check_model(model_or_config)
-    return probe_model(model, PackedCall(model))
+    return probe_model(check_model(model_or_config))
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
@@ -149,6 +147,7 @@ def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     except ValueError as error:
         raise UnsupportedModelError(f"{type(config).__name__}: {error}") from error
     model.eval()  # type: ignore[no-untyped-call]
+    torch.nn.Module.to(model, "meta")  # some parameters are made on a device of the model's own choice
     return model
 
 

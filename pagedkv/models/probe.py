@@ -8,24 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from pagedkv.attention import AttentionSpec, Mask
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models.bridge import attention_configs, pointed_at_us
-from pagedkv.models.call import PackedCall
-from pagedkv.models.context import AttentionCall, MaskFunction, activate
-from pagedkv.models.facade import CacheFacade, marked_layer
+from pagedkv.models.call import ModelCall
+from pagedkv.models.context import AttentionCall, MaskFunction, StepContext, activate
+from pagedkv.models.facade import CacheFacade, DenseCache, marked_layer
 from pagedkv.models.limits import max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers, resolve_mask
 from pagedkv.models.positions import PositionTables
+from pagedkv.models.refusals import refusal
 from pagedkv.storage import LayerSpec
 
 _NUM_TOKENS = 3
+# Tokens that gathered layers pretend to have stored before, so that whoever mistakes new tokens for all of them is seen.
+_NUM_PAST = 5
 _EXPERTS = "_experts_implementation_internal"
 
 
@@ -37,62 +40,107 @@ class ModelShape:
         layer_ids: transformers' layer indices that store K/V, ascending; layer ``i`` of a storage is ``layer_ids[i]``.
         layers: the geometry of each of them.
         dtype: dtype of K and V.
-        requests: what layers ask of attention, without repeats, ``block_size`` still 0.
         vocab_size: width of the logits.
+        requests: what layers that read K/V in place ask of attention, without repeats, ``block_size`` still 1.
+        gathered: those of ``layer_ids`` whose K/V the model changes after storing them, so that it is given all of them.
+        masks: the masks that layers attend with, without repeats; none where the model's own code masks.
     """
 
     layer_ids: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
     dtype: torch.dtype
-    requests: tuple[AttentionSpec, ...]
     vocab_size: int
+    requests: tuple[AttentionSpec, ...] = ()
+    gathered: frozenset[int] = frozenset()
+    masks: tuple[Mask, ...] = ()
+
+    @property
+    def windows(self) -> tuple[Mask, ...]:
+        """The sliding and chunked masks, smallest first."""
+        return tuple(sorted({mask for mask in self.masks if mask.kind != "causal"}, key=lambda mask: (mask.size, mask.kind)))
 
 
-def probe_model(model: PreTrainedModel, call: PackedCall) -> ModelShape:
-    """Run a few tokens through a model and record what its layers store and ask.
+def probe_model(model: PreTrainedModel) -> ModelShape:
+    """What a model stores, by the first way of running it that its probe does not rule out; also on the meta device.
+
+    Raises:
+        UnsupportedModelError: none is left; names the reason against each.
+    """
+    call = ModelCall(model)
+    rejected: dict[str, str] = {}
+    for name, probe in (("packed", probe_packed), ("dense", probe_dense)):
+        try:
+            return probe(call)
+        except UnsupportedModelError as error:
+            rejected[name] = str(error)
+    raise refusal(model, rejected)
+
+
+def probe_packed(call: ModelCall) -> ModelShape:
+    """Run a few tokens through a model and record what its layers store and ask of attention.
 
     Args:
-        model: a causal language model that ``refusals.check_model`` accepted; may live on the meta device.
-        call: how to call it.
+        call: how to call it; the model may live on the meta device.
 
     Raises:
         UnsupportedModelError: the model failed, stored nothing, or did something with K/V that paging cannot follow.
 
+    Cost: one forward of 3 tokens, two where layers are gathered; no computation on the meta device.
+    """
+    name = type(call.model).__name__
+    if not type(call.model)._can_set_attn_implementation():
+        raise UnsupportedModelError(f"the code of {name} does not call attention through transformers' AttentionInterface")
+    if not call.takes_positions:
+        raise UnsupportedModelError(f"{name}.forward takes no position_ids: sequences of a batch cannot keep their own")
+    configs = attention_configs(call.model)
+    changed: frozenset[int] = frozenset()
+    while True:
+        step = _PackedRecording(changed, shapes_only=call.model.device.type == "meta")
+        with pointed_at_us(configs):
+            vocab_size = _record(call, step, CacheFacade(step))
+        if step.changed <= changed:
+            return step.shape(name, vocab_size)
+        changed |= step.changed
+
+
+def probe_dense(call: ModelCall) -> ModelShape:
+    """The same for a model whose own attention runs: it is asked nothing but what its layers store.
+
     Cost: one forward of 3 tokens; no computation on the meta device.
     """
-    device = model.device
-    step = _RecordingStep(shapes_only=device.type == "meta")
-    tokens = torch.zeros(_NUM_TOKENS, dtype=torch.int64, device=device)
+    if not call.takes_mask:
+        raise UnsupportedModelError(f"{type(call.model).__name__}.forward takes no attention_mask: rows of several lengths cannot be told")
+    step = _Recording()
+    vocab_size = _record(call, step, DenseCache(step, 0))
+    return step.shape(type(call.model).__name__, vocab_size)
+
+
+def _record(call: ModelCall, step: StepContext, cache: Cache) -> int:
+    """Run the tokens; returns the width of the logits."""
+    device = call.model.device
     positions = torch.arange(_NUM_TOKENS, device=device)
-    configs = attention_configs(model)
     tables = PositionTables(positions)
     try:
-        with tables, pointed_at_us(configs), _experts_without_data(configs, device), activate(step):
-            logits = call(tokens, positions, cache=CacheFacade(step), logits_indices=positions)
+        with tables, _experts_without_data(attention_configs(call.model), device), activate(step):
+            logits = call(torch.zeros_like(positions)[None], positions[None], cache=cache, columns=positions)
     except ConfigError:
         raise
     except Exception as error:
         # Whatever a model raises over our cache means one thing to the caller: it cannot be run.
-        raise UnsupportedModelError(f"{type(model).__name__} failed over a paged cache: {type(error).__name__}: {error}") from error
-    shape = step.shape(type(model).__name__, int(logits.shape[-1]))
-    _check_config(model, shape, tables)
-    return shape
+        raise UnsupportedModelError(f"{type(call.model).__name__} failed over a paged cache: {type(error).__name__}: {error}") from error
+    vocab_size = int(logits.shape[-1])
+    _check_config(call.model, vocab_size, tables)
+    return vocab_size
 
 
-class _RecordingStep:
-    """A step that stores nothing and answers zeros of the right shape."""
+class _Recording:
+    """A step that stores nothing and notes what it should."""
 
-    def __init__(self, *, shapes_only: bool) -> None:
-        self._carriers = MaskCarriers(shapes_only=shapes_only)
+    def __init__(self) -> None:
         self._layers: dict[int, LayerSpec] = {}
         self._dtypes: set[torch.dtype] = set()
-        self._requests: dict[AttentionSpec, None] = {}
-        self._attended: set[int] = set()
 
-    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
-        return self._carriers.carrier(mask_function, num_queries, device)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3] or key.shape[0] != 1 or key.shape[2] != _NUM_TOKENS:
             raise UnsupportedModelError(
                 f"layer {layer_idx} stores K {list(key.shape)} and V {list(value.shape)}; [1, heads, {_NUM_TOKENS}, dim] each is expected"
@@ -101,46 +149,107 @@ class _RecordingStep:
             raise UnsupportedModelError(f"layer {layer_idx} stores K/V twice in one forward")
         self._layers[layer_idx] = LayerSpec(num_kv_heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3])
         self._dtypes |= {key.dtype, value.dtype}
+        return None
+
+    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
+        raise UnsupportedModelError("the model's own attention was asked for, but it asks ours")
 
     def attend(self, call: AttentionCall) -> Tensor:
-        layer = checked_layer(call)
-        self._attended.add(layer)
-        spec = self._layers[layer]
-        request = AttentionSpec(
-            num_heads=call.query.shape[1],
-            num_kv_heads=spec.num_kv_heads,
-            key_dim=spec.key_dim,
-            value_dim=spec.value_dim,
-            block_size=1,  # the runner knows, and puts it in
-            dtype=call.query.dtype,
-            device_type=call.query.device.type,
-            mask=resolve_mask(call, self._carriers),
-            softcap=call.softcap,
-            sinks=call.sinks is not None,
-            scale=call.scale,
-        )
-        self._requests.setdefault(request)
-        return call.query.new_zeros((1, call.query.shape[2], call.query.shape[1], spec.value_dim))
+        raise UnsupportedModelError("the model's own attention was asked for, but it asks ours")
 
     def shape(self, name: str, vocab_size: int) -> ModelShape:
         if not self._layers:
             raise UnsupportedModelError(f"{name} stored no K/V: its layers do not use the cache that they are given")
-        unread = sorted(set(self._layers) - self._attended)
-        if unread:
-            raise UnsupportedModelError(f"{name} does not read the K/V of layers {unread} through transformers' AttentionInterface")
         if len(self._dtypes) > 1:
             raise UnsupportedModelError(f"{name} stores K/V in several dtypes: {', '.join(sorted(map(str, self._dtypes)))}")
         ids = tuple(sorted(self._layers))
         return ModelShape(
-            layer_ids=ids,
-            layers=tuple(self._layers[layer] for layer in ids),
-            dtype=next(iter(self._dtypes)),
-            requests=tuple(self._requests),
-            vocab_size=vocab_size,
+            layer_ids=ids, layers=tuple(self._layers[layer] for layer in ids), dtype=next(iter(self._dtypes)), vocab_size=vocab_size
         )
 
 
-def _check_config(model: PreTrainedModel, shape: ModelShape, tables: PositionTables) -> None:
+class _PackedRecording(_Recording):
+    """One that answers attention with zeros of the right shape, and notes what was asked.
+
+    Args:
+        gathered: layers that are given all K/V of (pretended) sequences.
+        shapes_only: as ``MaskCarriers`` takes it.
+
+    Attributes:
+        changed: layers whose K/V came to attention as other tensors than those that were stored.
+    """
+
+    def __init__(self, gathered: frozenset[int], *, shapes_only: bool) -> None:
+        super().__init__()
+        self.changed: frozenset[int] = frozenset()
+        self._gathered = gathered
+        self._carriers = MaskCarriers(shapes_only=shapes_only)
+        self._requests: dict[AttentionSpec, None] = {}
+        self._masks: dict[Mask, None] = {}
+        self._attended: set[int] = set()
+        self._latest = -1
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        super().update(key, value, layer_idx)
+        self._latest = layer_idx
+        if layer_idx not in self._gathered:
+            return None
+        return _with_past(key), _with_past(value)
+
+    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
+        return self._carriers.carrier(mask_function, num_queries, device)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        mask = resolve_mask(call, self._carriers)
+        self._masks.setdefault(mask)
+        layer = marked_layer(call.key, call.value)
+        if layer is None:
+            # It has no mark, so it is taken for the one that was stored last; the numbers of the self-check tell if that is wrong.
+            layer = self._latest
+            self.changed |= {layer}
+            check_gathered(call, _NUM_TOKENS + _NUM_PAST if layer in self._gathered else None)
+        else:
+            self._requests.setdefault(self._request(call, self._layers[layer], mask))
+        self._attended.add(layer)
+        return call.query.new_zeros((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
+
+    def shape(self, name: str, vocab_size: int) -> ModelShape:
+        unread = sorted(set(self._layers) - self._attended)
+        if unread:
+            raise UnsupportedModelError(f"{name} does not read the K/V of layers {unread} through transformers' AttentionInterface")
+        shape = super().shape(name, vocab_size)
+        return replace(shape, requests=tuple(self._requests), gathered=self._gathered, masks=tuple(self._masks))
+
+    def _request(self, call: AttentionCall, spec: LayerSpec, mask: Mask) -> AttentionSpec:
+        return AttentionSpec(
+            num_heads=call.query.shape[1],
+            num_kv_heads=spec.num_kv_heads,
+            key_dim=spec.key_dim,
+            value_dim=spec.value_dim,
+            block_size=1,  # the tier knows, and puts it in
+            dtype=call.query.dtype,
+            device_type=call.query.device.type,
+            mask=mask,
+            softcap=call.softcap,
+            sinks=call.sinks is not None,
+            scale=call.scale,
+        )
+
+
+def check_gathered(call: AttentionCall, num_keys: int | None) -> None:
+    """Refuse a call that does not attend over so many gathered keys, one row of them; any number where it is None."""
+    key, value, query = call.key, call.value, call.query
+    if key.ndim != 4 or value.ndim != 4 or key.shape[0] != 1 or key.shape[:3] != value.shape[:3] or query.shape[1] % key.shape[1]:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} attends over K {list(key.shape)} and V {list(value.shape)} made from stored ones"
+        )
+    if num_keys is not None and key.shape[2] != num_keys:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} attends over K/V of {key.shape[2]} tokens, made from the stored ones of {num_keys}"
+        )
+
+
+def _check_config(model: PreTrainedModel, vocab_size: int, tables: PositionTables) -> None:
     """Raise ``UnsupportedModelError`` where the config says more than the model has: positions, or tokens."""
     name, stated = type(model).__name__, max_positions(model.config)
     if tables.reach is not None and stated is not None and tables.reach < stated:
@@ -148,25 +257,23 @@ def _check_config(model: PreTrainedModel, shape: ModelShape, tables: PositionTab
             f"the config of {name} states {stated} positions, its table of learned positions has rows for {tables.reach}"
         )
     named = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
-    for part, rows in (("output head scores", shape.vocab_size), ("embedding reads", num_token_ids(model))):
+    for part, rows in (("output head scores", vocab_size), ("embedding reads", num_token_ids(model))):
         if isinstance(named, int) and rows < named:
             raise UnsupportedModelError(f"the config of {name} states a vocabulary of {named} tokens, its {part} {rows}")
 
 
 def checked_layer(call: AttentionCall) -> int:
-    """The layer whose stored K/V a call wants to read; refuses K/V that the model changed after storing it."""
+    """The layer whose stored K/V a call wants to read in place; refuses K/V that the model changed after storing it."""
     layer = marked_layer(call.key, call.value)
     if layer is None:
         raise UnsupportedModelError(
-            f"{type(call.module).__name__} changes K or V after storing it (latent attention, for example), "
-            "so reading the stored blocks would be wrong; not supported in this release"
+            f"{type(call.module).__name__} changes K or V after storing it, which it did not in the probe: stored blocks must not be read"
         )
     return layer
 
 
-def windows(requests: tuple[AttentionSpec, ...]) -> tuple[Mask, ...]:
-    """The sliding and chunked masks among requests, without repeats, smallest first."""
-    return tuple(sorted({request.mask for request in requests if request.mask.kind != "causal"}, key=lambda mask: (mask.size, mask.kind)))
+def _with_past(new: Tensor) -> Tensor:
+    return torch.cat([new.new_zeros(1, new.shape[1], _NUM_PAST, new.shape[3]), new], dim=2)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Owns the rules that a look at the class and the config can decide. What only run
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
@@ -19,7 +21,7 @@ _RECURRENT = ("linear", "conv", "mamba", "recurrent", "ssm", "rwkv")
 
 
 def check_model(model: object) -> PreTrainedModel:
-    """The same object, known to be a causal language model in evaluation mode whose attention can be taken over.
+    """The same object, known to be a causal language model in evaluation mode on one device.
 
     Raises:
         UnsupportedModelError: names the model and the reason.
@@ -32,8 +34,6 @@ def check_model(model: object) -> PreTrainedModel:
         raise UnsupportedModelError(f"{name} has no causal language model head: load it with AutoModelForCausalLM")
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
-    if not type(model)._can_set_attn_implementation():
-        raise UnsupportedModelError(f"the code of {name} does not call attention through transformers' AttentionInterface")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} is spread over {', '.join(devices)}: one device is supported")
@@ -52,6 +52,14 @@ def check_config(config: PreTrainedConfig, *, name: str) -> None:
     for layer_type in getattr(text, "layer_types", None) or ():
         if any(word in str(layer_type) for word in _RECURRENT):
             raise UnsupportedModelError(f"{name} has {layer_type} layers, whose state is not paged in this release")
+
+
+def refusal(model: PreTrainedModel, reasons: Mapping[str, str]) -> UnsupportedModelError:
+    """The error for a model that cannot be run in any of some ways, with the reason against each, or against all."""
+    if len(set(reasons.values())) == 1:
+        return UnsupportedModelError(next(iter(reasons.values())))
+    each = "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
+    return UnsupportedModelError(f"{type(model).__name__} cannot be run exactly in any way. {each}")
 
 
 def _head(model: PreTrainedModel) -> object | None:

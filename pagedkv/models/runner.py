@@ -1,36 +1,27 @@
 """Runs steps of an unmodified transformers model over paged K/V.
 
-Owns the decision whether a model can be run (refusals, probe, backend, self-check) and the forward of one step. It owns
-no storage: pools are made here on request and belong to the caller. Outside ``forward`` the model is as it was.
+Owns the public face: a model that was found right in one of the ways of ``tiers.py``, its limits, and the forward of one step. It
+owns no storage: pools are made here on request and belong to the caller. Outside ``forward`` the model is as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pagedkv.attention import AttentionBackend, AttentionSpec, get_backend
+from pagedkv.attention import AttentionBackend
 from pagedkv.checks import integer
-from pagedkv.errors import ClosedError, ConfigError, UnsupportedBackendError, UnsupportedModelError
-from pagedkv.models.bridge import attention_configs, pointed_at_us
-from pagedkv.models.call import PackedCall
-from pagedkv.models.compiled import OutsideOfGraphs, is_compiled
-from pagedkv.models.context import activate
-from pagedkv.models.facade import CacheFacade
-from pagedkv.models.fusion import Fusion, FusionReport
+from pagedkv.errors import ClosedError, ConfigError, UnsupportedModelError
+from pagedkv.models.fusion import FusionReport
 from pagedkv.models.limits import eos_token_ids, num_token_ids
-from pagedkv.models.masks import MaskCarriers
-from pagedkv.models.packed_linears import PackedLinears, PackingReport
+from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.positions import RotaryEmbeddings
-from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_model
-from pagedkv.models.selfcheck import SelfCheck, self_check
-from pagedkv.models.step import OptionsTable, PagedStep
+from pagedkv.models.selfcheck import SelfCheck
+from pagedkv.models.tiers import TierName, TierReport, choose_tier
 from pagedkv.storage import KVStorage, LayerSpec
 from pagedkv.storage.batch import StepBatch
 
@@ -39,15 +30,18 @@ class ModelRunner:
     """One model, made ready for steps over paged K/V.
 
     Building it runs the model: a probe of 3 tokens, and a self-check that compares paged steps with the model's own
-    forward. A model that does not pass is refused, so that a wrong token is never served.
+    forward, for each way of running it until one passes. A model that passes none is refused, so that a wrong token is never served.
 
     Args:
         model: a causal language model in evaluation mode on one device. It is not changed; its attention implementation
             is switched, and packed layers are put in place, only while ``forward`` runs, and ordinary calls of the model in
             between (also from other threads) compute what they did before. Parameters may require gradients: ``forward``
             runs under ``no_grad``.
-        backend: name or object, as ``get_backend`` takes it.
+        backend: name or object, as ``get_backend`` takes it. Where one is named, only the packed tier is tried.
         block_size: tokens per block.
+        tier: ``"auto"``: the fastest way of running the model that is right. ``"packed"``: attention reads blocks in place, where
+            needed over gathered K/V. ``"dense"``: the model's own attention over K/V gathered for each step, which any model with a
+            K/V cache allows.
         pack_linears: whether linear layers run with weights repacked for oneDNN, those that read the same input as one
             product; on the CPU only. True: all that can be. False: none. ``"auto"``: those large enough to gain (with one
             thread and AVX2, an output head at most), where the copies take at most half of the free memory. The copies are in
@@ -63,7 +57,7 @@ class ModelRunner:
     Raises:
         UnsupportedModelError: the model cannot be run exactly; says why.
         UnsupportedBackendError: unknown, or gives its reason against one of the model's layers.
-        ConfigError: the block size is below 1, or ``pack_linears`` or ``fuse`` is True and cannot be done.
+        ConfigError: the block size is below 1, the tier unknown, or ``pack_linears`` or ``fuse`` is True and cannot be done.
 
     Attributes:
         layers: geometry of each layer that stores K/V.
@@ -75,8 +69,9 @@ class ModelRunner:
         device: of the model.
         eos_token_ids: ascending, possibly none.
         report: what the self-check saw.
+        tier: which way the model runs, and what was against faster ones.
 
-    Cost: about 10 short forwards, and with packed layers a few readings of all weights.
+    Cost: about 10 short forwards for each way that is tried, and with packed layers a few readings of all weights.
     """
 
     def __init__(
@@ -87,55 +82,52 @@ class ModelRunner:
         block_size: int = 16,
         pack_linears: bool | Literal["auto"] = "auto",
         fuse: bool | Literal["auto"] = "auto",
+        tier: TierName = "auto",
     ) -> None:
         integer("block_size", block_size, least=1, most=2**31 - 1)
         self._model = check_model(model)
         if model.device.type == "meta":
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
-        self._call = PackedCall(model)
         self._rotaries = RotaryEmbeddings(model)
-        self._linears = PackedLinears(model, pack_linears)
-        self._fusion = Fusion(model, fuse)
-        with self._linears.recording(), self._rotaries.pinned():
-            shape = probe_model(model, self._call)
-        specs = [replace(request, block_size=block_size) for request in shape.requests]
-        self._backend = get_backend(backend, device=model.device, specs=specs)
-        if is_compiled(model):
-            self._backend = OutsideOfGraphs(self._backend)
-        _check_backend(self._backend, specs, shape.dtype)
-        self._configs = attention_configs(model)
-        self._index = {layer: place for place, layer in enumerate(shape.layer_ids)}
-        self._carriers = MaskCarriers()
-        self._options = OptionsTable(self._carriers)
+        with self._rotaries.pinned():
+            choice = choose_tier(
+                model,
+                wanted=tier,
+                backend=backend,
+                block_size=block_size,
+                max_positions=self._rotaries.positions.reach,
+                pack_linears=pack_linears,
+                fuse=fuse,
+            )
+        self._tier, self._replacements = choice.tier, choice.replacements
         self._closed = False
-        self.layers: tuple[LayerSpec, ...] = shape.layers
+        self.report: SelfCheck = choice.check
+        self.tier: TierReport = choice.report
+        self.layers: tuple[LayerSpec, ...] = choice.tier.shape.layers
         self.block_size = block_size
-        self.dtype = shape.dtype
+        self.dtype = choice.tier.shape.dtype
         self.device = model.device
         self.num_token_ids = num_token_ids(model)
         # Ids that a head could name but the embedding could not read are never offered to a sampler.
-        self.vocab_size = min(shape.vocab_size, self.num_token_ids)
+        self.vocab_size = min(choice.tier.shape.vocab_size, self.num_token_ids)
         self.max_positions = self._rotaries.positions.reach
         self.max_positions_reason = self._rotaries.positions.reason
         self.eos_token_ids = eos_token_ids(model)
-        self._linears.pack()
-        self._fusion.fuse_layers(self._linears, self._configs, sorted({layer.key_dim for layer in self.layers}))
-        self.report: SelfCheck = self._self_check(shape, may_unpack=pack_linears == "auto", may_unfuse=fuse == "auto")
 
     @property
     def backend_name(self) -> str:
-        """Name of the attention backend in use."""
-        return self._backend.name
+        """Name of the attention backend in use; ``"own"`` where the model's own attention runs."""
+        return self._tier.attention
 
     @property
     def packing(self) -> PackingReport:
         """Which linear layers run with repacked weights, which do not and why, and what the copies take."""
-        return self._linears.report
+        return self._replacements.packing
 
     @property
     def fusion(self) -> FusionReport:
         """Which norms, MLPs and rotations run as one native operation each."""
-        return self._fusion.report
+        return self._replacements.fusion
 
     @property
     def model(self) -> PreTrainedModel:
@@ -166,52 +158,18 @@ class ModelRunner:
             ConfigError: the storage is not of this model's geometry.
             StepError: another step of the same model is running (in another thread).
 
-        Cost: one forward; the head runs on ``K`` rows only. Our own part is about 25 microseconds a layer and 100 a step.
+        Cost: packed, one forward; our own part is about 25 microseconds a layer and 100 a step. Dense, one forward for each query
+        length of the step, and a copy of all K/V that it reads. The head runs on ``K`` rows only.
         """
         self._check_open()
         self._check_storage(storage)
-        step = PagedStep(
-            pools=storage.layers,
-            index=self._index,
-            backend=self._backend,
-            attention=self._backend.plan(batch),
-            carriers=self._carriers,
-            options=self._options,
-            num_tokens=batch.plan.num_tokens,
-        )
-        with (
-            self._rotaries.pinned(),
-            pointed_at_us(self._configs),
-            self._fusion.in_place() as fused,
-            self._linears.in_place(fused),
-            activate(step),
-        ):
-            logits = self._call(batch.token_ids, batch.positions, cache=CacheFacade(step), logits_indices=batch.logits_indices)
-        if not step.complete:
-            raise UnsupportedModelError(
-                f"{type(self._model).__name__} stored K/V in {len(step.written)} and read it in {len(step.attended)} of its "
-                f"{len(self._index)} layers: was its attention implementation changed during the step?"
-            )
-        return logits[:, : self.vocab_size].float()
+        with self._rotaries.pinned():
+            return self._tier.forward(batch, storage.layers)[:, : self.vocab_size].float()
 
     def close(self) -> None:
         """End the use of the model, which is as it was, and free packed weights. May be called again; ``forward`` raises afterwards."""
         self._closed = True
-        self._fusion.give_up("the model runner is closed")
-        self._linears.unpack("the model runner is closed")
-
-    def _self_check(self, shape: ModelShape, *, may_unpack: bool, may_unfuse: bool) -> SelfCheck:
-        # Whatever goes wrong (logits, a view that a part of a merged product does not allow): if it is due to what stands in for
-        # the model's modules, the model passes without, and if not, it fails again.
-        ways_out = iter([give_up for may, give_up in ((may_unfuse, self._fusion.give_up), (may_unpack, self._linears.unpack)) if may])
-        while True:
-            try:
-                with self._rotaries.pinned():
-                    return self_check(self, self._call, shape)
-            except Exception as error:
-                reason = f"the self-check failed with it: {error}"
-                if not any(give_up(reason) for give_up in ways_out):  # tried up to the first that had something to give up
-                    raise
+        self._replacements.close("the model runner is closed")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -231,12 +189,3 @@ class ModelRunner:
                 f"the storage ({len(pools)} layers, block size {storage.block_size}, {storage.dtype}) is not for this model "
                 f"({len(self.layers)} layers, block size {self.block_size}, {self.dtype}): make it with new_storage()"
             )
-
-
-def _check_backend(backend: AttentionBackend, specs: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
-    for spec in specs:
-        if spec.dtype != dtype:
-            raise UnsupportedModelError(f"queries are {spec.dtype} but K/V are stored as {dtype}")
-        reason = backend.supports(spec)
-        if reason is not None:
-            raise UnsupportedBackendError(f"attention backend {backend.name!r} cannot run this model: {reason} (asked for {spec})")

@@ -6,18 +6,21 @@ with. It owns neither pools nor kernels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pagedkv.attention import AttendOptions, AttentionBackend, StepAttention
+from pagedkv.attention.ragged import attend_ragged
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import AttentionCall, MaskFunction
+from pagedkv.models.facade import marked_layer
 from pagedkv.models.masks import MaskCarriers, resolve_mask
-from pagedkv.models.probe import checked_layer
+from pagedkv.models.probe import check_gathered, checked_layer
 from pagedkv.storage.pool import LayerPool
+from pagedkv.storage.slots import Slots, packed_slots
 
 _MAX_OPTIONS = 1024
 
@@ -47,7 +50,7 @@ class OptionsTable:
 
 @dataclass(slots=True, eq=False)
 class PagedStep:
-    """The step context of a real forward.
+    """The step context of a forward of packed tokens.
 
     Attributes:
         pools: one per layer that stores K/V.
@@ -57,6 +60,7 @@ class PagedStep:
         carriers: the runner's masks.
         options: the runner's options.
         num_tokens: packed tokens, ``T``.
+        gathered: layers that the model is given all K/V of, because it goes on to change them.
         written: layers that stored their K/V so far.
         attended: layers whose K/V was read so far.
     """
@@ -68,8 +72,11 @@ class PagedStep:
     carriers: MaskCarriers
     options: OptionsTable
     num_tokens: int
+    gathered: Set[int] = frozenset()
     written: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
+    _slots: dict[int, Slots] = field(default_factory=dict)
+    _latest: int = -1
 
     @property
     def complete(self) -> bool:
@@ -80,15 +87,19 @@ class PagedStep:
         """The carrier of a mask function."""
         return self.carriers.carrier(mask_function, num_queries, device)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
-        """Write ``[1, Hkv, T, D]`` keys and values of one layer to the step's slots."""
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Write ``[1, Hkv, T, D]`` keys and values of one layer to the step's slots; a gathered layer gets ``[1, Hkv, K, D]`` back."""
         place = self.index.get(layer_idx)
         if place is None or layer_idx in self.written or key.shape[0] != 1 or key.shape[2] != self.num_tokens:
             raise UnsupportedModelError(
                 f"layer {layer_idx} stored K {list(key.shape)} where one [1, heads, {self.num_tokens}, dim] per known layer is expected"
             )
         self.written.add(layer_idx)
+        self._latest = layer_idx
         self.backend.write(self.pools[place], key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), self.attention)
+        if layer_idx not in self.gathered:
+            return None
+        return self._gather(self.pools[place])
 
     def attend_new(self, call: AttentionCall, layer_idx: int) -> Tensor:
         """``update`` and ``attend`` in one, for K and V that are read as they are stored: ``[1, T, Hq, Dv]``."""
@@ -96,7 +107,9 @@ class PagedStep:
         return self._attend(call, layer_idx)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention ``[1, T, Hq, Dv]`` of one call over the stored K/V of every sequence."""
+        """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""
+        if self._latest in self.gathered and marked_layer(call.key, call.value) is None:
+            return self._attend_gathered(call)
         return self._attend(call, checked_layer(call))
 
     def _attend(self, call: AttentionCall, layer: int) -> Tensor:
@@ -104,3 +117,19 @@ class PagedStep:
         pool = self.pools[self.index[layer]]
         options = self.options.find(call)
         return self.backend.attend(call.query.squeeze(0).transpose(0, 1), pool, self.attention, options).unsqueeze(0)
+
+    def _gather(self, pool: LayerPool) -> tuple[Tensor, Tensor]:
+        group = pool.spec.group
+        slots = self._slots.get(group)
+        if slots is None:
+            plan = self.attention.batch.plan
+            slots = self._slots[group] = packed_slots(plan, group=group, block_size=pool.block_size, device=pool.device)
+        key, value = pool.gather_slots(slots.blocks, slots.offsets)
+        return key[None], value[None]
+
+    def _attend_gathered(self, call: AttentionCall) -> Tensor:
+        plan = self.attention.batch.plan
+        check_gathered(call, int(plan.seq_lens.sum()))
+        self.attended.add(self._latest)
+        query, key, value = (tensor.squeeze(0) for tensor in (call.query, call.key, call.value))
+        return attend_ragged(query, key, value, plan=plan, options=self.options.find(call)).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""One layer's blocks of K and V: the buffer, its strided views, and the four things done to it.
+"""One layer's blocks of K and V: the buffer, its strided views, and what is done to it.
 
 It owns the tensor. It does not own which block belongs to whom, nor when anything is written.
 """
@@ -142,6 +142,20 @@ class LayerPool:
         key = self.key.index_select(0, block_ids).transpose(0, 1).flatten(1, 2)[:, :length]
         value = self.value.index_select(0, block_ids).transpose(0, 1).flatten(1, 2)[:, :length]
         return key, value
+
+    def gather_slots(self, blocks: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy tokens out of the pool, wherever they lie.
+
+        Args:
+            blocks: ``[..., n]`` int64 block ids on the pool's device; 0 gives zeros.
+            offsets: ``[..., n]`` int64 places inside the block, in ``[0, B)``.
+
+        Returns:
+            K ``[..., Hkv, n, Dk]`` and V ``[..., Hkv, n, Dv]``, fresh tensors.
+
+        Not checked here, because it would wait for the device: the range of both.
+        """
+        return self._key_slots[blocks, offsets].transpose(-3, -2), self._value_slots[blocks, offsets].transpose(-3, -2)
 
     def fill(self, block_ids: Tensor, value: float) -> None:
         """Set every element of some blocks, K and V, to one value."""

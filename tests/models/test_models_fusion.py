@@ -22,10 +22,10 @@ from pagedkv.attention.native.operations import Operations
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models import ModelRunner, fused_layers, fused_modules, fused_rotation
 from pagedkv.models.bridge import attention_configs
-from pagedkv.models.call import PackedCall
+from pagedkv.models.call import ModelCall
 from pagedkv.models.linear_products import why_not_packable
 from pagedkv.models.packed_linears import PackedLinears
-from pagedkv.models.probe import probe_model
+from pagedkv.models.probe import probe_packed
 from pagedkv.testing.models import TINY_MODELS, tiny_model
 
 LENS = (12, 20)
@@ -490,7 +490,7 @@ class Doubling:
 def layers_of(model: PreTrainedModel) -> list[fused_layers.FusedLayer]:
     linears = PackedLinears(model, True)
     with linears.recording():
-        probe_model(model, PackedCall(model))
+        probe_packed(ModelCall(model))
     linears.pack()
     parts = fused_modules.find_fusable(model, operations())
     return fused_layers.find_layers(model, parts, linears, attention_configs(model), (8,), operations())

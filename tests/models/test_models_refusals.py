@@ -24,7 +24,9 @@ BASE = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
 }
-LATENT = {
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+SPARSE = {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 8,
@@ -38,16 +40,14 @@ LATENT = {
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+    "index_topk": 6,
+    "index_n_heads": 32,
+    "index_head_dim": 8,
 }
-SMALL_GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("gptj", {**SMALL_GPT, "rotary_dim": 4}, "AttentionInterface"),
-    ("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
-    ("mpt", {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "AttentionInterface"),
-    ("falcon", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "AttentionInterface"),
-    ("deepseek_v3", {**BASE, **LATENT}, "changes K or V after storing it"),
-    ("diffllama", BASE, "changes K or V after storing it"),
+    ("deepseek_v32", {**BASE, **SPARSE}, "indexer"),
+    ("openai-gpt", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}, "no past_key_values"),
     ("mamba", MAMBA, "whose state is not paged"),
     ("lfm2", {**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "conv layers"),
     ("doge", BASE, "keep_window_size"),
@@ -59,9 +59,8 @@ def test_model_that_cannot_be_run_exactly_is_refused_with_its_reason(model_type:
     model = randomised(AutoConfig.for_model(model_type, **arguments))
     with pytest.raises(UnsupportedModelError, match=reason):
         ModelRunner(model, block_size=4)
-    if model_type != "falcon":
-        with pytest.raises(UnsupportedModelError):
-            plan_memory(AutoConfig.for_model(model_type, **arguments))
+    with pytest.raises(UnsupportedModelError):
+        plan_memory(AutoConfig.for_model(model_type, **arguments))
 
 
 def test_objects_that_are_no_causal_language_model_are_refused() -> None:

@@ -1,0 +1,197 @@
+"""The dense tier: the model's own attention runs, over K/V that are gathered from blocks into right-aligned rows.
+
+For every model that no attention function of ours can be given to, or whose attention is more than K, V and a mask of positions
+(ALiBi, say). Right-aligned with a mask of what is there is how transformers' own batched generation pads, so whatever a model derives
+from mask and length comes out as it does there. It owns how a step is cut into calls of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.call import ModelCall
+from pagedkv.models.context import AttentionCall, MaskFunction, activate
+from pagedkv.models.facade import DenseCache
+from pagedkv.models.probe import ModelShape, probe_dense
+from pagedkv.models.replacements import Replacements
+from pagedkv.plan import Int64Array, StepPlan
+from pagedkv.storage import StepBatch
+from pagedkv.storage.pool import LayerPool
+from pagedkv.storage.slots import Slots, right_aligned_slots
+
+# Below this length rows share a call whatever their lengths; above, only with rows less than twice as long.
+_SHORT = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Sequences of a step that one call of the model computes: ``R`` rows with ``Q`` new tokens each.
+
+    Attributes:
+        seqs: ``[R]`` their places in the plan.
+        tokens: ``[R, Q]`` the packed tokens of each.
+        lens: ``[R]`` stored tokens of each after the step.
+    """
+
+    seqs: Int64Array
+    tokens: Int64Array
+    lens: Int64Array
+
+    @property
+    def num_keys(self) -> int:
+        """Length of the rows of K and V: of the longest sequence."""
+        return int(self.lens.max())
+
+    @property
+    def past_len(self) -> int:
+        """Tokens before the new ones in the longest row."""
+        return self.num_keys - int(self.tokens.shape[1])
+
+
+def split_rows(plan: StepPlan) -> Iterator[Rows]:
+    """Cut a step into calls of the model: rows of one query length, and of lengths so similar that at most half is padding."""
+    lens = plan.seq_lens.astype(np.int64)
+    # The exponent of 2 that bounds a length; a pair of numbers as one, so that equal pairs are found by one sort.
+    keys = plan.query_lens.astype(np.int64) * 64 + np.frexp(np.maximum(lens - 1, _SHORT - 1).astype(np.float64))[1]
+    for key in np.unique(keys):
+        seqs = np.flatnonzero(keys == key)
+        tokens = plan.cu_seqlens_q[seqs].astype(np.int64)[:, None] + np.arange(int(plan.query_lens[seqs[0]]))
+        yield Rows(seqs, tokens, lens[seqs])
+
+
+class DenseTier:
+    """Runs steps with the model's own attention.
+
+    Args:
+        call: how to call the model.
+        replacements: what stands in for modules of it during a step.
+
+    Raises:
+        UnsupportedModelError: the model failed over a cache of ours, or takes no ``attention_mask``.
+
+    Attributes:
+        name: ``"dense"``.
+        attention: ``"own"``: no backend of ours attends.
+        shape: the model's layers.
+    """
+
+    name = "dense"
+    attention = "own"
+
+    def __init__(self, call: ModelCall, replacements: Replacements) -> None:
+        self._call = call
+        self._replacements = replacements
+        with replacements.recording():
+            self.shape: ModelShape = probe_dense(call)
+        replacements.pack()
+        self._index = {layer: place for place, layer in enumerate(self.shape.layer_ids)}
+
+    def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
+        """Logits ``[K, V]`` of one step; see ``Tier.forward``.
+
+        Cost: one forward for each query length, and a copy of all K/V that is read.
+        """
+        plan = batch.plan
+        device = batch.token_ids.device
+        logits = torch.empty(len(plan.logits_indices), self.shape.vocab_size, dtype=torch.float32, device=device)
+        wanted = np.full(plan.num_tokens, -1, dtype=np.int64)
+        wanted[plan.logits_indices] = np.arange(len(plan.logits_indices))
+        with self._replacements.in_place():
+            for rows in split_rows(plan):
+                place = wanted[rows.tokens]
+                columns = np.flatnonzero((place >= 0).any(axis=0))
+                result = self._run(rows, batch, pools, columns=torch.from_numpy(columns).to(device))
+                row, column = np.nonzero(place[:, columns] >= 0)
+                where, row_index, column_index = (
+                    torch.from_numpy(index).to(device) for index in (place[row, columns[column]], row, column)
+                )
+                logits[where] = result[row_index, column_index].float()
+        return logits
+
+    def _run(self, rows: Rows, batch: StepBatch, pools: Sequence[LayerPool], *, columns: Tensor) -> Tensor:
+        """Logits ``[R, C, V]`` of some columns of some rows."""
+        step = DenseStep(rows, batch, pools, self._index)
+        tokens = step.tokens
+        there = np.arange(rows.num_keys) >= (rows.num_keys - rows.lens)[:, None]
+        mask = torch.from_numpy(there.astype(np.int64)).to(tokens.device)
+        cache = DenseCache(step, rows.past_len)
+        with activate(step):
+            logits = self._call(batch.token_ids[tokens], batch.positions[tokens], cache=cache, columns=columns, attention_mask=mask)
+        if not step.complete:
+            raise UnsupportedModelError(
+                f"{type(self._call.model).__name__} stored K/V in {len(step.written)} of its {len(self._index)} layers"
+            )
+        return logits
+
+
+class DenseStep:
+    """The step context of one call: new K/V into their slots, those of whole rows out of the pools.
+
+    Args:
+        rows: what the call computes.
+        batch: the step.
+        pools: one per layer that stores K/V.
+        index: from transformers' layer index to the place in ``pools``.
+
+    Attributes:
+        tokens: ``[R, Q]`` int64 packed tokens, on the device.
+        written: layers that stored their K/V so far.
+    """
+
+    def __init__(self, rows: Rows, batch: StepBatch, pools: Sequence[LayerPool], index: Mapping[int, int]) -> None:
+        self._rows, self._batch, self._pools, self._index = rows, batch, pools, index
+        self._new: dict[int, Slots] = {}
+        self._all: dict[int, Slots] = {}
+        self.tokens = torch.from_numpy(rows.tokens).to(batch.token_ids.device)
+        self.written: set[int] = set()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer was stored."""
+        return len(self.written) == len(self._index)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Write ``[R, Hkv, Q, D]`` keys and values of one layer to the rows' slots; returns ``[R, Hkv, K, D]`` of whole rows."""
+        place = self._index.get(layer_idx)
+        if place is None or layer_idx in self.written or (key.shape[0], key.shape[2]) != self.tokens.shape:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} stored K {list(key.shape)} where one "
+                f"[{self.tokens.shape[0]}, heads, {self.tokens.shape[1]}, dim] per known layer is expected"
+            )
+        self.written.add(layer_idx)
+        pool = self._pools[place]
+        new = self._new_slots(pool.spec.group)
+        pool.write(key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1), blocks=new.blocks, offsets=new.offsets)
+        if not self._rows.past_len:
+            return None  # nothing was stored before, and nothing pads: the new tokens are all there is
+        slots = self._all_slots(pool)
+        return pool.gather_slots(slots.blocks, slots.offsets)
+
+    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
+        """Refuses: the model's own attention has the model's own mask."""
+        raise UnsupportedModelError("a step with the model's own attention was pointed at ours")
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Refuses: the model's own attention attends."""
+        raise UnsupportedModelError("a step with the model's own attention was pointed at ours")
+
+    def _new_slots(self, group: int) -> Slots:
+        slots = self._new.get(group)
+        if slots is None:
+            tokens, batch = self.tokens.flatten(), self._batch
+            slots = self._new[group] = Slots(batch.slot_blocks[group][tokens], batch.slot_offsets[group][tokens])
+        return slots
+
+    def _all_slots(self, pool: LayerPool) -> Slots:
+        group = pool.spec.group
+        slots = self._all.get(group)
+        if slots is None:
+            plan, size = self._batch.plan, pool.block_size
+            slots = self._all[group] = right_aligned_slots(plan, self._rows.seqs, group=group, block_size=size, device=pool.device)
+        return slots

@@ -1,0 +1,176 @@
+"""Which way a model is run: the ways there are, tried from the fastest on, and the first that the self-check finds right.
+
+Owns the choice and the account of it. What a way is, is said in ``packed.py`` and ``dense.py``; what right is, in ``selfcheck.py``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pagedkv.attention import AttentionBackend
+from pagedkv.checks import shown
+from pagedkv.errors import ConfigError, UnsupportedBackendError, UnsupportedModelError
+from pagedkv.models.call import ModelCall
+from pagedkv.models.dense import DenseTier
+from pagedkv.models.packed import PackedTier
+from pagedkv.models.probe import ModelShape
+from pagedkv.models.refusals import refusal
+from pagedkv.models.replacements import Replacements, Wanted
+from pagedkv.models.selfcheck import SelfCheck, self_check
+from pagedkv.storage import StepBatch
+from pagedkv.storage.pool import LayerPool
+
+TierName = Literal["auto", "packed", "dense"]
+_TIERS = ("packed", "dense")
+
+
+class Tier(Protocol):
+    """One way of running a model's steps, made ready.
+
+    Attributes:
+        name: of the way.
+        shape: what the model stores.
+    """
+
+    name: str
+    shape: ModelShape
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend; ``"own"`` where the model's own attention runs."""
+
+    def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
+        """Write the K/V of a step's tokens, attend over all of their sequences, and compute the logits that are wanted.
+
+        Args:
+            batch: the step; block tables, slots and positions are trusted.
+            pools: one for each entry of ``shape.layers``.
+
+        Returns:
+            ``[K, shape.vocab_size]``, one row per entry of ``batch.logits_indices``, in that order.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """Which way a model runs, and why.
+
+    Attributes:
+        name: ``"packed"``: all tokens of a step in one row, attention reads blocks in place; ``"dense"``: one row a sequence, the model's
+            own attention over K/V gathered from blocks.
+        layers: for each layer that stores K/V, how they are read: ``"in place"``, ``"gathered"`` (the model changes them after storing)
+            or ``"dense"``.
+        rejected: faster ways that were tried, each with the reason against it.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    rejected: Mapping[str, str]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} layers {kind}" for kind, count in Counter(self.layers).items())
+        return "; ".join([f"{self.name} ({kinds})", *(f"not {name}: {reason}" for name, reason in self.rejected.items())])
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A tier that passed its self-check. ``replacements`` are those it runs with."""
+
+    tier: Tier
+    replacements: Replacements
+    check: SelfCheck
+    report: TierReport
+
+
+def choose_tier(
+    model: PreTrainedModel,
+    *,
+    wanted: TierName,
+    backend: str | AttentionBackend,
+    block_size: int,
+    max_positions: int | None,
+    pack_linears: Wanted,
+    fuse: Wanted,
+) -> Choice:
+    """The fastest way of running a model that is right.
+
+    Args:
+        model: one that ``refusals.check_model`` accepted.
+        wanted: ``"auto"``, or the only one to try. Whoever names a backend wants the packed tier.
+        backend: as ``get_backend`` takes it.
+        block_size: tokens per block.
+        max_positions: longest sequence that is served.
+        pack_linears: as ``PackedLinears`` takes it.
+        fuse: as ``Fusion`` takes it.
+
+    Raises:
+        UnsupportedModelError: no way is right; names the reason against each.
+        UnsupportedBackendError: the backend that was named cannot run the model.
+        Exception: whatever the model raised, where only one way was to be tried.
+        ConfigError: an unknown tier, or settings that cannot be had.
+
+    Cost: for each way that is tried, a probe and a self-check.
+    """
+    call = ModelCall(model)
+    names = _names(wanted, backend)
+    rejected: dict[str, str] = {}
+    for name in names:
+        replacements = Replacements(model, pack_linears=pack_linears, fuse=fuse)
+        try:
+            tier = _made(name, call, replacements, backend=backend, block_size=block_size)
+            check = _proven(tier, call, replacements, block_size=block_size, max_positions=max_positions)
+        except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
+            if len(names) == 1 or _is_setting(error):
+                raise
+            rejected[name] = _reason(error)
+            continue
+        return Choice(tier, replacements, check, TierReport(name, _layer_kinds(tier), MappingProxyType(rejected)))
+    raise refusal(model, rejected)
+
+
+def _names(wanted: TierName, backend: str | AttentionBackend) -> tuple[str, ...]:
+    if wanted not in ("auto", *_TIERS):
+        raise ConfigError(f"tier is {shown(wanted)}: it must be one of auto, {', '.join(_TIERS)}")
+    if backend == "auto":
+        return _TIERS if wanted == "auto" else (wanted,)
+    if wanted == "dense":
+        raise ConfigError("tier is 'dense' and a backend is named: the model's own attention runs there, leave the backend 'auto'")
+    return ("packed",)
+
+
+def _made(name: str, call: ModelCall, replacements: Replacements, *, backend: str | AttentionBackend, block_size: int) -> Tier:
+    if name == "packed":
+        return PackedTier(call, replacements, backend=backend, block_size=block_size)
+    return DenseTier(call, replacements)
+
+
+def _proven(tier: Tier, call: ModelCall, replacements: Replacements, *, block_size: int, max_positions: int | None) -> SelfCheck:
+    # Whatever goes wrong (logits, a view that a part of a merged product does not allow): if it is due to what stands in for
+    # the model's modules, the model passes without, and if not, it fails again.
+    while True:
+        try:
+            return self_check(tier, call, block_size=block_size, max_positions=max_positions)
+        except Exception as error:
+            if not replacements.give_up(f"the self-check failed with it: {error}"):
+                raise
+
+
+def _layer_kinds(tier: Tier) -> tuple[str, ...]:
+    if tier.name == "dense":
+        return ("dense",) * len(tier.shape.layer_ids)
+    return tuple("gathered" if layer in tier.shape.gathered else "in place" for layer in tier.shape.layer_ids)
+
+
+def _is_setting(error: Exception) -> bool:
+    return isinstance(error, ConfigError) and not isinstance(error, UnsupportedModelError | UnsupportedBackendError)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,71 @@
+"""Tiny models of the architectures that are not read in place: those that the dense tier runs, and those whose layers are gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from pagedkv.testing.models import randomised
+
+WINDOW = 8
+_IDS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
+_BASE = {
+    **_IDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+_GPT = {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_FALCON = {**_IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LATENT = {
+    **_BASE,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_XGLM = {**_IDS, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 256, "dropout": 0.0}
+_NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256, "intermediate_size": 64, "window_size": WINDOW}
+_MPT = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2}
+_JETMOE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8}
+
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {**_IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon_alibi": ("falcon", {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    "falcon_rotary": ("falcon", {**_FALCON, "alibi": False, "multi_query": True, "parallel_attn": True}),
+    "falcon_new": ("falcon", {**_FALCON, "alibi": False, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "mpt": ("mpt", _MPT),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 4}),
+    "gpt_neo": ("gpt_neo", {**_IDS, **_NEO, "attention_types": [[["global", "local"], 1]]}),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 4, "n_ctx": 256}),
+    "xglm": ("xglm", _XGLM),
+}
+"""Models without transformers' attention interface. Those of bloom, falcon_alibi and mpt know positions by ALiBi; gpt_neo has windows."""
+
+GATHERED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "head_dim": 4}),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+    "diffllama": ("diffllama", _BASE),
+    "jetmoe": ("jetmoe", {**_JETMOE, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256}),
+}
+"""Models that change K or V after storing them: two with latents, one that joins heads, one that repeats them."""
+
+
+def tier_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+    """One of them, random weights, on the CPU in float32."""
+    model_type, arguments = {**DENSE, **GATHERED}[name]
+    return randomised(AutoConfig.for_model(model_type, **arguments), seed=seed)
