@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pagedkv.engine import Engine, EngineConfig, EngineStatistics
     from pagedkv.errors import PagedKVError
+    from pagedkv.generation import CachePool, PagedCache
     from pagedkv.llm import LLM
     from pagedkv.models import MemoryPlan, ModelRunner, plan_memory
     from pagedkv.outputs import CompletionOutput, RequestOutput
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LLM": "llm",
+    "CachePool": "generation",
     "CompletionOutput": "outputs",
     "Engine": "engine",
     "EngineConfig": "engine",
     "EngineStatistics": "engine",
     "MemoryPlan": "models",
     "ModelRunner": "models",
+    "PagedCache": "generation",
     "PagedKVError": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
@@ -33,12 +36,14 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "CachePool",
     "CompletionOutput",
     "Engine",
     "EngineConfig",
     "EngineStatistics",
     "MemoryPlan",
     "ModelRunner",
+    "PagedCache",
     "PagedKVError",
     "RequestOutput",
     "SamplingParams",

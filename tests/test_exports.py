@@ -10,12 +10,14 @@ import pytest
 EXPORTS = {
     "pagedkv": {
         "LLM",
+        "CachePool",
         "CompletionOutput",
         "Engine",
         "EngineConfig",
         "EngineStatistics",
         "MemoryPlan",
         "ModelRunner",
+        "PagedCache",
         "PagedKVError",
         "RequestOutput",
         "SamplingParams",
@@ -76,6 +78,7 @@ EXPORTS = {
         "split_options",
         "why_not_packable",
     },
+    "pagedkv.generation": {"CachePool", "PagedCache"},
     "pagedkv.sampling": {
         "IncrementalDetokenizer",
         "Logprob",

@@ -1,0 +1,8 @@
+"""Blocks inside transformers' own ``model.generate()``: a cache to pass to it, and the pool that caches share."""
+
+from __future__ import annotations
+
+from pagedkv.generation.cache import PagedCache
+from pagedkv.generation.pool import CachePool
+
+__all__ = ["CachePool", "PagedCache"]

@@ -1,0 +1,120 @@
+"""A forward whose layers get K and V back as tensors, laid out in transformers' columns, for the model's own attention and masks.
+
+Owns the index tensors of one forward. Works for every model that keeps K and V in the cache that it is given, since to the
+model it is transformers' own cache, with zeros where that one holds the K and V of padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.core import KVCacheManager
+from pagedkv.errors import InvalidRequestError
+from pagedkv.generation.rows import Growth
+from pagedkv.plan import Int64Array
+from pagedkv.storage import LayerPool
+
+
+class DenseForward:
+    """Writes what layers store, and gathers what they read.
+
+    Args:
+        growth: the reserved columns.
+        manager: whose tables are read; they must not change meanwhile.
+        pools: one for each layer that stores K and V.
+        index: from transformers' layer index to the place in ``pools``.
+        num_past_columns: columns before this forward.
+    """
+
+    def __init__(
+        self, growth: Growth, manager: KVCacheManager, pools: Sequence[LayerPool], index: Mapping[int, int], *, num_past_columns: int
+    ) -> None:
+        self._growth = growth
+        self._pools = pools
+        self._index = index
+        self._num_past = num_past_columns
+        self._size = manager.block_size
+        device = pools[0].device
+        self._blocks, self._offsets = self._slots(manager, device)
+        self._rows, self._columns = (torch.from_numpy(each).to(device) for each in (growth.token_rows, growth.token_columns))
+        self._tables = self._block_tables(manager)
+        self._gathered = self._places(device) if num_past_columns else None
+        self._block_rows: dict[tuple[int, int], Tensor] = {}
+        self.written: set[int] = set()
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Store the new K and V of a layer and return all of its columns.
+
+        Args:
+            key: ``[R, Hkv, Q, Dk]``.
+            value: ``[R, Hkv, Q, Dv]``.
+            layer: transformers' index.
+
+        Returns:
+            K ``[R, Hkv, C + Q, Dk]`` and V ``[R, Hkv, C + Q, Dv]``: without a past the same two tensors.
+
+        Raises:
+            InvalidRequestError: a layer that stored nothing when the model was tried, or stores twice.
+
+        Cost: with a past, one copy of all columns of the layer, as transformers' cache makes.
+        """
+        place = self._index.get(layer)
+        if place is None or layer in self.written:
+            problem = "twice in one forward" if layer in self.written else "and did not when the model was tried"
+            raise InvalidRequestError(f"layer {layer} stores K and V {problem}")
+        self.written.add(layer)
+        pool = self._pools[place]
+        if len(self._rows):
+            new_key, new_value = key[self._rows, :, self._columns], value[self._rows, :, self._columns]
+            pool.write(new_key, new_value, blocks=self._blocks, offsets=self._offsets)
+        if not self._num_past:
+            return key, value
+        if self._gathered is None:
+            return self._whole_blocks(pool)
+        blocks, offsets = self._gathered
+        columns = pool.key.transpose(1, 2)[blocks, offsets], pool.value.transpose(1, 2)[blocks, offsets]
+        return columns[0].transpose(1, 2), columns[1].transpose(1, 2)
+
+    def _slots(self, manager: KVCacheManager, device: torch.device) -> tuple[Tensor, Tensor]:
+        extension = self._growth.extension
+        slots = np.zeros(0, dtype=np.int64) if extension is None else extension.slot_mapping[0]
+        blocks, offsets = np.divmod(slots, self._size)
+        return torch.from_numpy(blocks).to(device), torch.from_numpy(offsets).to(device)
+
+    def _block_tables(self, manager: KVCacheManager) -> Int64Array:
+        """``[U, M]`` block ids of each sequence; the null block where there is none."""
+        growth = self._growth
+        opened = growth.seqs.nonzero()[0]
+        columns = -(-int(growth.lengths.max()) // self._size)
+        tables = np.zeros((len(growth.seqs), columns), dtype=np.int64)
+        if len(opened):
+            tables[opened] = manager.table.block_tables[0, manager.rows_of(growth.seqs[opened]), :columns]
+        return tables
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Block and offset ``[R, C + Q]`` of every column, the null block for padding; None when each row is whole blocks in order."""
+        stored = self._growth.stored
+        if stored.all():
+            return None
+        position = np.maximum(np.cumsum(stored, axis=1) - 1, 0)
+        blocks = np.where(stored, np.take_along_axis(self._tables, position // self._size, axis=1), 0)
+        offsets = np.where(stored, position % self._size, 0)
+        owner = self._growth.owner
+        return torch.from_numpy(blocks[owner]).to(device), torch.from_numpy(offsets[owner]).to(device)
+
+    def _whole_blocks(self, pool: LayerPool) -> tuple[Tensor, Tensor]:
+        spec, owner = pool.spec, self._growth.owner
+        kind = (spec.num_kv_heads, pool.rows_per_block)
+        rows = self._block_rows.get(kind)
+        if rows is None:
+            heads = np.arange(spec.num_kv_heads)[:, None]
+            numbers = self._tables[owner][:, None, :] * pool.rows_per_block + heads
+            rows = self._block_rows[kind] = torch.from_numpy(numbers.reshape(-1)).to(pool.device)
+        length = self._growth.num_columns
+        key = pool.key_rows.index_select(0, rows).view(len(owner), spec.num_kv_heads, -1, spec.key_dim)
+        value = pool.value_rows.index_select(0, rows).view(len(owner), spec.num_kv_heads, -1, spec.value_dim)
+        return key[:, :, :length], value[:, :, :length]

@@ -1,0 +1,369 @@
+"""The batch rows of one cache, over sequences of a manager: which columns are stored, and which rows are still the same.
+
+To transformers a batch is a rectangle: all rows have the same number of columns, padding included, and beams of one prompt
+are as many rows. Here a row refers to a sequence, in which only what the attention mask shows has a place, and rows that
+have seen the same tokens refer to one. They part when their tokens do: re-ordering beams only changes who refers to what.
+
+Owns the rows and their sequences. It does not own blocks (the manager's) and sees no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pagedkv.core import Extension, KVCacheManager
+from pagedkv.errors import InvalidRequestError, OutOfBlocksError
+from pagedkv.plan import BoolArray, Int32Array, Int64Array
+
+_MORE_BLOCKS = "close caches that are not needed any more, or make a larger pool (num_blocks or kv_cache_memory_bytes)"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewColumns:
+    """What one forward adds to a batch of ``R`` rows with ``C`` columns.
+
+    Attributes:
+        seen: ``[R, Q]`` bool, the new columns that are tokens; the others are padding and are not stored.
+        token_ids: ``[R, Q]`` int64 from 0; None when tokens do not determine K and V (embeddings as input, say): nothing is shared then.
+        may_skip: whether new rows may start behind a prefix that the manager has cached.
+    """
+
+    seen: BoolArray
+    token_ids: Int64Array | None
+    may_skip: bool
+
+
+@dataclass(slots=True, eq=False)
+class Growth:
+    """Reserved slots for the new columns, until ``Rows.commit`` or ``Rows.cancel``; ``U`` sequences.
+
+    Attributes:
+        owner: ``[R]`` int64 each row's sequence.
+        seqs: ``[U]`` int64 handles; 0 for a sequence without a token.
+        leaders: ``[U]`` int64 a row of each sequence, which stands for all of its rows.
+        stored: ``[U, C + Q]`` bool columns that have a place.
+        lengths: ``[U]`` int64 stored tokens after the step.
+        active: ``[A]`` int64 sequences that get tokens; those that compute one come first.
+        computed: ``[A]`` int32 tokens that have to be computed and written.
+        extension: slots of the ``T = computed.sum()`` tokens, sequence after sequence.
+        token_rows: ``[T]`` int64 the row of each of them.
+        token_columns: ``[T]`` int64 its new column.
+    """
+
+    owner: Int64Array
+    seqs: Int64Array
+    leaders: Int64Array
+    stored: BoolArray
+    lengths: Int64Array
+    active: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    computed: Int32Array = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    extension: Extension | None = None
+    token_rows: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    token_columns: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    added: list[int] = field(default_factory=list)
+    before: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns after the step."""
+        return int(self.stored.shape[1])
+
+
+class Rows:
+    """The rows of one batch; none before the first forward, whose number of rows stays.
+
+    Args:
+        manager: holds the sequences.
+        namespace: within which prefixes are shared, in the batch and with whoever uses the same name.
+        private: whether nobody else is to use the name, so that what was cached under it is forgotten with the rows.
+    """
+
+    def __init__(self, manager: KVCacheManager, namespace: str, *, private: bool) -> None:
+        self._manager = manager
+        self._namespace = namespace
+        self._private = private
+        self._clear()
+
+    def belongs_to(self, manager: KVCacheManager) -> bool:
+        """Whether this manager holds the sequences."""
+        return self._manager is manager
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch; 0 before the first forward."""
+        return len(self._owner)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that the batch has, padding included: what transformers takes for the length of the cache."""
+        return int(self._stored.shape[1])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the rows hold, each counted once."""
+        table = self._manager.table
+        held = self._manager.rows_of(self._seqs[self._seqs != 0])
+        ids = np.unique(table.block_tables[0, held])
+        return int(np.count_nonzero(ids))
+
+    def __repr__(self) -> str:
+        return f"{self.num_rows} rows of {self.num_columns} columns, {np.count_nonzero(self._seqs)} sequences"
+
+    def lengths(self, num_rows: int) -> Int64Array:
+        """``[R]`` int64 tokens stored for each row, of a batch that is or will be ``num_rows`` high."""
+        return self._lengths[self._owner] if self.num_rows else np.zeros(num_rows, dtype=np.int64)
+
+    def see(self, num_rows: int, seen: BoolArray | None) -> bool:
+        """Hold the columns so far against what the attention mask shows of them.
+
+        Stored columns that are hidden at the end of a row (padding after its last token, in a continued chat) are given back.
+
+        Args:
+            num_rows: rows of the forward.
+            seen: ``[R, C]`` bool; None when all are seen.
+
+        Returns:
+            Whether a row has a stored column that is hidden and cannot be given back, since others behind it are seen.
+
+        Raises:
+            InvalidRequestError: another number of rows, or a column is seen that was padding when it came.
+        """
+        if self.num_rows and num_rows != self.num_rows:
+            raise InvalidRequestError(
+                f"the cache holds {self.num_rows} rows and the forward has {num_rows}: use a new cache, or batch_repeat_interleave or "
+                "batch_select_indices to change its rows"
+            )
+        if not self.num_rows:
+            return False
+        stored = self._stored[self._owner]
+        wanted = np.ones_like(stored) if seen is None else seen
+        if (wanted & ~stored).any():
+            row, column = np.argwhere(wanted & ~stored)[0].tolist()
+            raise InvalidRequestError(
+                f"column {column} of row {row} was padding when it came and is seen by the attention mask now: pass the same mask again"
+            )
+        hidden = stored & ~wanted
+        return bool(hidden.any()) and self._hide(hidden)
+
+    def grow(self, new: NewColumns) -> Growth:
+        """Reserve slots for new columns; rows that were the same and get different tokens part.
+
+        All or nothing: when this raises, rows and blocks are as before.
+
+        Raises:
+            OutOfBlocksError: fewer blocks than needed.
+            InvalidRequestError: more sequences than the manager has rows, or longer ones than it allows.
+
+        Cost: O(R (C + Q)) bytes looked at, and a fixed number of array operations for a step of one column.
+        """
+        owner, origin, leaders = self._part(new)
+        growth = Growth(
+            owner=owner,
+            seqs=self._seqs[origin],
+            leaders=leaders,
+            stored=np.concatenate([self._stored[origin], new.seen[leaders]], axis=1),
+            lengths=self._lengths[origin],
+        )
+        try:
+            self._fork(growth, origin)
+            self._reserve(growth, new)
+        except OutOfBlocksError as error:
+            self.cancel(growth)
+            raise OutOfBlocksError(needed=error.needed, available=error.available, change=_MORE_BLOCKS) from None
+        except BaseException:
+            self.cancel(growth)
+            raise
+        return growth
+
+    def commit(self, growth: Growth) -> None:
+        """The tokens of a growth are computed and written."""
+        if len(growth.active):
+            self._manager.complete(growth.seqs[growth.active])
+        self._owner, self._seqs, self._stored, self._lengths = growth.owner, growth.seqs, growth.stored, growth.lengths
+
+    def cancel(self, growth: Growth) -> bool:
+        """Take a growth back, because its step did not run to the end.
+
+        Returns:
+            Whether the rows are as they were before it. They are not, and all are released, when the step would have copied a
+            block that is shared: whether the copy holds what it should is not known then.
+        """
+        if growth.added:
+            self._manager.release(growth.added)
+        seqs, lengths = list(growth.before), list(growth.before.values())
+        if seqs:
+            self._manager.truncate(seqs, lengths)
+        kept = bool(self._manager.table.num_computed[self._manager.rows_of(seqs)].tolist() == lengths)
+        if not kept:
+            self.release()
+        return kept
+
+    def select(self, indices: Int64Array) -> None:
+        """Make row ``i`` what row ``indices[i]`` was. No block is copied; sequences that no row refers to are released."""
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.num_rows):
+            raise InvalidRequestError(f"rows {indices.tolist()} were selected: there are {self.num_rows}")
+        if not len(indices):
+            return self.release()
+        owner = self._owner[indices]
+        used, self._owner = np.unique(owner, return_inverse=True)
+        if len(used) < len(self._seqs):
+            left = np.delete(self._seqs, used)
+            self._release(left[left != 0])
+            self._seqs, self._stored, self._lengths = self._seqs[used], self._stored[used], self._lengths[used]
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the last columns of every row.
+
+        Raises:
+            InvalidRequestError: fewer than 0, or more than there are.
+        """
+        if not 0 <= num_columns <= self.num_columns:
+            raise InvalidRequestError(f"{num_columns} tokens were to be removed: the cache has {self.num_columns}")
+        left = self.num_columns - num_columns
+        self._cut(self._lengths - np.count_nonzero(self._stored[:, left:], axis=1))
+        self._stored = self._stored[:, :left]
+
+    def fork(self) -> Rows:
+        """The same rows once more, over the same blocks: who writes into a shared block first gets a copy of it."""
+        copy = Rows(self._manager, self._namespace, private=self._private)
+        opened = self._seqs.nonzero()[0]
+        free = self._manager.num_free_seqs
+        if len(opened) > free:
+            raise InvalidRequestError(f"a copy needs {len(opened)} sequences and {free} are left: raise max_num_seqs")
+        copy._owner, copy._stored, copy._lengths = self._owner.copy(), self._stored.copy(), self._lengths.copy()
+        copy._seqs = np.zeros_like(self._seqs)
+        for place in opened.tolist():
+            copy._seqs[place] = self._manager.fork(int(self._seqs[place]), 1)[0]
+        return copy
+
+    def release(self) -> None:
+        """Give every block back and have no rows any more."""
+        seqs = self._seqs[self._seqs != 0]
+        self._clear()
+        self._release(seqs)
+        if self._private:
+            self._manager.purge(self._namespace)
+
+    def _clear(self) -> None:
+        self._owner = np.zeros(0, dtype=np.int64)
+        self._seqs = np.zeros(1, dtype=np.int64)  # the sequence without a token that all rows of the first forward part from
+        self._stored = np.zeros((1, 0), dtype=np.bool_)
+        self._lengths = np.zeros(1, dtype=np.int64)
+
+    def _release(self, seqs: Int64Array) -> None:
+        if len(seqs):
+            self._manager.release(seqs)
+
+    def _hide(self, hidden: BoolArray) -> bool:
+        """Give back what is hidden behind the last seen token of all rows of a sequence; whether anything else is hidden."""
+        in_all = np.ones_like(self._stored)
+        in_any = np.zeros_like(self._stored)
+        np.logical_and.at(in_all, self._owner, hidden)
+        np.logical_or.at(in_any, self._owner, hidden)
+        shown = self._stored & ~in_all
+        behind = np.cumsum(shown[:, ::-1], axis=1)[:, ::-1] == 0  # no shown column from here on
+        dropped = self._stored & behind
+        self._cut(self._lengths - np.count_nonzero(dropped, axis=1))
+        self._stored &= ~dropped
+        return bool((in_any & ~dropped).any())
+
+    def _cut(self, lengths: Int64Array) -> None:
+        shorter = (lengths < self._lengths) & (self._seqs != 0)
+        ended = shorter & (lengths == 0)
+        cut = shorter & ~ended
+        if cut.any():
+            self._manager.truncate(self._seqs[cut], lengths[cut])
+        self._release(self._seqs[ended])
+        self._seqs[ended] = 0
+        self._lengths = lengths
+
+    def _part(self, new: NewColumns) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Each row's sequence after the step ``[R]``, the sequence ``[U]`` that it comes from, and a row ``[U]`` that leads it."""
+        num_rows = len(new.seen)
+        owner = self._owner if self.num_rows else np.zeros(num_rows, dtype=np.int64)
+        if self.num_rows == len(self._seqs):  # each row has a sequence of its own already
+            return owner, np.arange(num_rows), np.argsort(owner)
+        marks = np.arange(num_rows)[:, None] if new.token_ids is None else np.where(new.seen, new.token_ids, -1)
+        places: dict[tuple[int, bytes], int] = {}
+        leaders: list[int] = []
+        parted = np.empty(num_rows, dtype=np.int64)
+        for row, (sequence, mark) in enumerate(zip(owner.tolist(), marks, strict=True)):
+            parted[row] = place = places.setdefault((sequence, mark.tobytes()), len(places))
+            if place == len(leaders):
+                leaders.append(row)
+        order = np.array(leaders, dtype=np.int64)
+        return parted, owner[order], order
+
+    def _fork(self, growth: Growth, origin: Int64Array) -> None:
+        """Give every sequence but the first that comes from another a handle of its own."""
+        _, first, counts = np.unique(origin, return_index=True, return_counts=True)
+        for place, count in zip(first[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
+            seq = int(growth.seqs[place])
+            if seq:
+                forks = self._manager.fork(seq, count - 1)
+                growth.added += forks.tolist()
+                others = (origin == origin[place]).nonzero()[0][1:]
+                growth.seqs[others] = forks
+
+    def _reserve(self, growth: Growth, new: NewColumns) -> None:
+        seen = new.seen[growth.leaders]
+        counts = np.count_nonzero(seen, axis=1).astype(np.int32)
+        growth.lengths = growth.lengths + counts
+        self._check_lengths(growth.lengths)
+        some = counts > 0
+        opening, going_on = (some & (growth.seqs == 0)).nonzero()[0], (some & (growth.seqs != 0)).nonzero()[0]
+        if len(going_on):
+            self._append(growth, going_on, counts, new)
+        cached = np.zeros_like(counts)
+        if len(opening):
+            cached[opening] = self._open(growth, opening, new)
+        active = some.nonzero()[0]
+        growth.active = active = active[np.argsort(counts[active] - cached[active] != 1, kind="stable")]
+        growth.computed = counts[active] - cached[active]
+        if not len(active):
+            return
+        growth.extension = self._manager.extend(growth.seqs[active], growth.computed)
+        places, columns = seen[active].nonzero()
+        rank = np.arange(len(places)) - np.repeat(np.cumsum(counts[active]) - counts[active], counts[active])
+        computed = rank >= cached[active][places]
+        growth.token_rows, growth.token_columns = growth.leaders[active][places[computed]], columns[computed]
+
+    def _check_lengths(self, lengths: Int64Array) -> None:
+        longest, manager = int(lengths.max()), self._manager
+        if longest > manager.max_seq_len:
+            needed = -(-longest // manager.block_size)
+            raise OutOfBlocksError(needed=needed, available=manager.num_usable_blocks, change=_MORE_BLOCKS)
+
+    def _open(self, growth: Growth, places: Int64Array, new: NewColumns) -> Int32Array:
+        """Start the sequences in these places; returns how many tokens of each are cached."""
+        known = new.token_ids is not None
+        prompts = [self._tokens(new, growth.leaders[place]) for place in places.tolist()]
+        name = self._namespace if known else f"{self._namespace}\0unknown"
+        opened = self._manager.open(prompts, [name] * len(prompts), use_cache=new.may_skip and known)
+        growth.seqs[places] = opened.seqs
+        growth.added += opened.seqs.tolist()
+        if not known:
+            self._manager.purge(name)  # from here on they publish nothing
+        return opened.num_cached_tokens
+
+    def _append(self, growth: Growth, places: Int64Array, counts: Int32Array, new: NewColumns) -> None:
+        """Make the new tokens of sequences known that have some already."""
+        seqs = growth.seqs[places]
+        added = frozenset(growth.added)
+        before = (growth.lengths - counts)[places].tolist()
+        growth.before = {seq: length for seq, length in zip(seqs.tolist(), before, strict=True) if seq not in added}
+        if new.token_ids is None:
+            self._manager.purge(self._namespace)  # nobody may find by tokens what does not follow from tokens
+        tokens = [self._tokens(new, growth.leaders[place]) for place in places.tolist()]
+        for step in range(max(map(len, tokens))):
+            self._manager.append(seqs, [int(each[step]) if step < len(each) else -1 for each in tokens])
+
+    @staticmethod
+    def _tokens(new: NewColumns, row: int) -> Int32Array:
+        """The tokens of a row; zeros where they are not known."""
+        if new.token_ids is None:
+            return np.zeros(np.count_nonzero(new.seen[row]), dtype=np.int32)
+        tokens: Int32Array = new.token_ids[row, new.seen[row]].astype(np.int32)
+        return tokens
