@@ -7,11 +7,13 @@ from pagedkv.core.block_pool import NULL_BLOCK, Allocation, BlockPool
 from pagedkv.core.eviction import EvictionPolicy, LeastRecentlyUsed
 from pagedkv.core.guard import CheckLevel
 from pagedkv.core.guarded import GuardedKVCacheManager
-from pagedkv.core.manager import KVCacheManager, Match, Opened
+from pagedkv.core.manager import KVCacheManager, Opened
+from pagedkv.core.matching import Match
 from pagedkv.core.prefix_cache import PrefixCache
 from pagedkv.core.report import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
 from pagedkv.core.reservations import Extension
 from pagedkv.core.sequence_table import SequenceTable
+from pagedkv.core.window import Window
 
 __all__ = [
     "NULL_BLOCK",
@@ -31,4 +33,5 @@ __all__ = [
     "SequenceSnapshot",
     "SequenceTable",
     "Snapshot",
+    "Window",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 
 from pagedkv.core.publication import Publication
 from pagedkv.core.reservations import Extension, Reservations
+from pagedkv.core.retirement import Retirement
 from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.errors import OutOfBlocksError
 from pagedkv.plan import Int32Array, Int64Array
@@ -30,6 +31,7 @@ class Cohort:
         table: what is known of all sequences.
         reservations: takes the blocks.
         publication: makes full blocks findable; none where prefix caching is off.
+        retirement: gives back the blocks behind windows; none where no group has one.
         max_seq_len: tokens in one sequence at most.
     """
 
@@ -41,6 +43,7 @@ class Cohort:
         table: SequenceTable,
         reservations: Reservations,
         publication: Publication | None,
+        retirement: Retirement | None,
         max_seq_len: int,
     ) -> None:
         self._seqs = seqs
@@ -48,6 +51,8 @@ class Cohort:
         self._table = table
         self._reservations = reservations
         self._publication = publication
+        self._retirement = retirement
+        self._minds_full_blocks = publication is not None or retirement is not None
         size = table.block_size
         self._size = np.int64(size)
         self._is_reserved = False
@@ -109,10 +114,13 @@ class Cohort:
         self._is_reserved = False
         self._steps_left -= 1
         self._clock = (self._clock + 1) % len(self._waves)
-        if self._publication is not None:
+        if self._minds_full_blocks:
             wave = self._waves[self._clock] or self._wave(self._clock)  # who opens a block next has just filled the last
             if len(wave.members):
-                self._publish(wave, self._publication)
+                if self._publication is not None:
+                    self._publish(wave, self._publication)
+                if self._retirement is not None:
+                    self._retirement.give_back(wave.rows, wave.num_blocks - self._ones_32[: len(wave.rows)], wave.num_blocks)
         change.depth -= 1
 
     def _open_blocks(self, wave: _Wave, slots: Int64Array) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.core import auditing, laws
 from pagedkv.core.call_sites import ReleaseLog, call_site
-from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.layer_group import Group
 from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.errors import ConfigError, InvariantError, StaleHandleError
 from pagedkv.plan import BoolArray, Int32Array
@@ -39,7 +39,7 @@ def parse_check_level(value: str) -> CheckLevel:
 class LawGuard:
     """Verifies the conservation laws, and remembers nothing: level ``"step"``."""
 
-    def __init__(self, table: SequenceTable, groups: Sequence[LayerGroup], pins: Pins) -> None:
+    def __init__(self, table: SequenceTable, groups: Sequence[Group], pins: Pins) -> None:
         self._table, self._groups, self._pins = table, groups, pins
 
     def after(self, command: str) -> None:
@@ -67,7 +67,7 @@ class AuditGuard:
     Memory: about 10 bytes a block, and a text for each of the last handles given back and for every block that was ever freed.
     """
 
-    def __init__(self, table: SequenceTable, groups: Sequence[LayerGroup], pins: Pins) -> None:
+    def __init__(self, table: SequenceTable, groups: Sequence[Group], pins: Pins) -> None:
         self._table, self._groups, self._pins = table, groups, pins
         self._watches = [_BlockWatch(group) for group in groups]
         self._log = ReleaseLog()
@@ -108,7 +108,7 @@ class AuditGuard:
 class _BlockWatch:
     """Which blocks of a group changed hands: found by comparing the pool with what it was after the last command; O(blocks) each."""
 
-    def __init__(self, group: LayerGroup) -> None:
+    def __init__(self, group: Group) -> None:
         self._pool = group.pool
         self._free, self._evictable = self._classes()
         self._stale = self._free.copy()

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.layer_group import Group
+from pagedkv.core.retirement import first_blocks
 from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.errors import InvariantError
 from pagedkv.plan import Int32Array
@@ -14,14 +15,14 @@ from pagedkv.plan import Int32Array
 _WORD = 2**32  # sums of counters are compared modulo this: so they are added without widening, many at once
 
 
-def check(table: SequenceTable, groups: Sequence[LayerGroup], pins: Mapping[int, tuple[Int32Array, ...]]) -> None:
+def check(table: SequenceTable, groups: Sequence[Group], pins: Mapping[int, tuple[Int32Array, ...]]) -> None:
     """Verify the laws that sums alone can show to be broken:
 
     1. computed tokens <= reserved tokens <= known tokens, in every row;
     2. every row has the blocks that its reserved tokens need, and publishes no more than its full computed ones;
     3. rows with a sequence and free rows sum to all rows;
     4. per group, free, evictable and held blocks sum to the pool;
-    5. per group, references sum to the blocks listed in tables and pins;
+    5. per group, references sum to the blocks listed in tables and pins, less what is behind the group's window;
     6. per group, the pool and the prefix cache count the same cached blocks.
 
     What they cannot see: two errors that cancel each other, and which block is wrong. ``auditing.check`` can.
@@ -34,10 +35,11 @@ def check(table: SequenceTable, groups: Sequence[LayerGroup], pins: Mapping[int,
     """
     for problem in _row_problems(table):
         raise InvariantError(f"conservation law: {problem}")
-    mentions = int(table.num_blocks.sum())
+    listed = int(table.num_blocks.sum())
     for index, group in enumerate(groups):
         pinned = sum(len(held[index]) for held in pins.values())
-        for problem in _group_problems(group, mentions + pinned):
+        gone = 0 if group.window is None else int(first_blocks(group, table.num_computed, table.block_size).sum())
+        for problem in _group_problems(group, listed - gone + pinned):
             raise InvariantError(f"conservation law: group {index}: {problem}")
 
 
@@ -60,7 +62,7 @@ def _row_problems(table: SequenceTable) -> Iterator[str]:
         yield f"{table.num_live_rows} rows with a sequence and {table.num_free_rows} free ones are not {table.max_num_seqs} rows"
 
 
-def _group_problems(group: LayerGroup, mentions: int) -> Iterator[str]:
+def _group_problems(group: Group, mentions: int) -> Iterator[str]:
     pool = group.pool
     free, evictable, held = pool.num_free, pool.num_evictable, np.count_nonzero(pool.references)
     if free + evictable + held != pool.num_usable:

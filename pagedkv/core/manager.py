@@ -16,17 +16,19 @@ from pagedkv.core import auditing
 from pagedkv.core.arguments import NO_TOKEN, as_counts, as_namespace, as_prompts, as_tokens
 from pagedkv.core.cohort import Cohort
 from pagedkv.core.eviction import EvictionPolicy
+from pagedkv.core.geometry import MAX_BLOCKS, make_groups, parse_groups
 from pagedkv.core.guard import CheckLevel, parse_check_level
 from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.matching import Match, find_prefix
 from pagedkv.core.prefix_cache import Namespaces
 from pagedkv.core.publication import Publication
 from pagedkv.core.report import CacheStatistics, Snapshot
 from pagedkv.core.reservations import Extension, Reservations
+from pagedkv.core.retirement import Retirement, first_blocks
 from pagedkv.core.sequence_table import SequenceTable
+from pagedkv.core.window import Window
 from pagedkv.errors import ConfigError, InvalidRequestError, StaleHandleError, UnknownHandleError
 from pagedkv.plan import Int32Array, Int64Array
-
-_MAX_BLOCKS = 2**31 - 1  # block ids are int32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,14 +37,6 @@ class Opened:
 
     seqs: Int64Array
     num_cached_tokens: Int32Array
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A cached prefix: how many tokens of it, and its blocks in each layer group."""
-
-    num_tokens: int
-    block_ids: tuple[tuple[int, ...], ...]
 
 
 class KVCacheManager:
@@ -54,9 +48,12 @@ class KVCacheManager:
 
     Args:
         num_blocks: blocks in each layer group's pool, the null block included; one number, or one for each group.
+        windows: for each layer group how far back its layers look, or None for everything, as of the first group always. What is behind the
+            window of all tokens to come is given back while a sequence runs, and its table lists the null block there. One group of
+            everything when not given.
         block_size: tokens in a block, at least 1.
         max_num_seqs: sequences alive at once.
-        max_seq_len: tokens in one sequence at most; the largest pool's capacity when not given.
+        max_seq_len: tokens in one sequence at most; when not given, the capacity of the largest pool of a group without a window.
         enable_prefix_caching: whether full blocks are published and matched.
         policy: makes the eviction policy for a pool of so many blocks; least recently used when not given.
         check: what is verified after every command, see ``CheckLevel``: ``"off"``, ``"step"`` (conservation laws) or ``"audit"``
@@ -90,6 +87,7 @@ class KVCacheManager:
         self,
         *,
         num_blocks: int | Sequence[int],
+        windows: Sequence[Window | None] | None = None,
         block_size: int = 16,
         max_num_seqs: int = 256,
         max_seq_len: int | None = None,
@@ -97,16 +95,16 @@ class KVCacheManager:
         policy: Callable[[int], EvictionPolicy] | None = None,
         check: CheckLevel = "off",
     ) -> None:
-        sizes = _sizes(num_blocks)
-        block_size = checks.integer("block_size", block_size, least=1, most=_MAX_BLOCKS)
-        max_num_seqs = checks.integer("max_num_seqs", max_num_seqs, least=1, most=_MAX_BLOCKS)
+        sizes, self._windows = parse_groups(num_blocks, windows)
+        block_size = checks.integer("block_size", block_size, least=1, most=MAX_BLOCKS)
+        max_num_seqs = checks.integer("max_num_seqs", max_num_seqs, least=1, most=MAX_BLOCKS)
         enable_prefix_caching = checks.flag("enable_prefix_caching", enable_prefix_caching)
         if max_seq_len is not None:
             max_seq_len = checks.integer("max_seq_len", max_seq_len, least=1)
         if policy is not None and not callable(policy):
             raise ConfigError(f"policy is {checks.shown(policy)}: it must make an eviction policy for a number of blocks")
-        self._groups = [LayerGroup(size, block_size=block_size, policy=policy(size) if policy else None) for size in sizes]
-        capacity = (max(sizes) - 1) * block_size
+        self._groups = make_groups(sizes, self._windows, block_size=block_size, policy=policy)
+        capacity = max(group.pool.num_usable for group in self._groups if group.window is None) * block_size
         limit = capacity if max_seq_len is None else min(max_seq_len, capacity)
         self._block_size = block_size
         if (check != "off") is not self._is_guarded:
@@ -122,6 +120,7 @@ class KVCacheManager:
         self._next_pin = 1
         self._reservations = Reservations(self._table, self._groups, block_size=block_size)
         self._publication = Publication(self._table, self._groups, block_size=block_size)
+        self._retirement = Retirement(self._table, self._groups, block_size=block_size) if any(self._windows) else None
         self._cohort: Cohort | None = None
         self._query_tokens = self._hit_tokens = 0
 
@@ -136,6 +135,11 @@ class KVCacheManager:
     def num_groups(self) -> int:
         """Layer groups."""
         return len(self._groups)
+
+    @property
+    def windows(self) -> tuple[Window | None, ...]:
+        """How far back the layers of each group look; None for everything."""
+        return tuple(self._windows)
 
     @property
     def check_level(self) -> CheckLevel:
@@ -172,6 +176,16 @@ class KVCacheManager:
         """Blocks that could be handed out now, in the scarcest group."""
         return min(group.pool.num_available for group in self._groups)
 
+    @property
+    def usable_blocks(self) -> tuple[int, ...]:
+        """Blocks that can be handed out at all, in each group."""
+        return tuple(group.pool.num_usable for group in self._groups)
+
+    @property
+    def available_blocks(self) -> tuple[int, ...]:
+        """Blocks that could be handed out now, in each group."""
+        return tuple(group.pool.num_available for group in self._groups)
+
     def free_block_ids(self) -> tuple[Int32Array, ...]:
         """Per group the blocks that hold nothing, ascending: whatever is written there, nobody reads; O(blocks)."""
         return tuple(group.free_blocks() for group in self._groups)
@@ -191,7 +205,12 @@ class KVCacheManager:
 
     def num_held_blocks(self, match: Match) -> int:
         """Blocks of a match that somebody holds, so that sharing them makes none less available; in the group with the fewest."""
-        return min(int((group.pool.references[list(ids)] > 0).sum()) for group, ids in zip(self._groups, match.block_ids, strict=True))
+        return min(self.held_blocks(match))
+
+    def held_blocks(self, match: Match) -> tuple[int, ...]:
+        """Blocks of a match that somebody holds, in each group."""
+        groups = zip(self._groups, match.block_ids, strict=True)
+        return tuple(int(np.count_nonzero(group.pool.references[list(ids)])) for group, ids in groups)
 
     def num_blocks_needed(self, seqs: Sequence[int] | Int64Array, num_new_tokens: int | Sequence[int] | Int32Array) -> int:
         """Blocks that ``extend`` with the same arguments would take from each pool; raises what it would raise, but for lack of blocks."""
@@ -283,6 +302,8 @@ class KVCacheManager:
     def complete(self, seqs: Sequence[int] | Int64Array, next_token_ids: Sequence[int] | Int32Array | None = None) -> None:
         """Note that all reserved tokens are computed and publish the blocks that became full; append each sequence's next token.
 
+        What is behind a group's window from now on is given back.
+
         Args:
             seqs: ``[S]`` live handles, no repeats.
             next_token_ids: ``[S]`` int32, a token that becomes known, or -1 for none.
@@ -305,6 +326,7 @@ class KVCacheManager:
         nexts = None if next_token_ids is None else self._check_next(rows, next_token_ids)
         table = self._table
         computed = table.num_reserved[rows]
+        before = None if self._retirement is None else table.num_computed[rows]
         with self._table.change:
             table.num_computed[rows] = computed
             if table.some_copy_pending:
@@ -316,6 +338,8 @@ class KVCacheManager:
                 behind = (full > table.num_published[rows]).nonzero()[0]
                 if len(behind):
                     self._publication.publish(rows[behind], full[behind])
+            if before is not None and self._retirement is not None:
+                self._retirement.give_back(rows, before // self._block_size, computed // self._block_size)
 
     def append(self, seqs: Sequence[int] | Int64Array, token_ids: Sequence[int] | Int32Array) -> None:
         """Make one more token of each sequence known without computing anything; arguments and errors as for ``complete``."""
@@ -349,16 +373,16 @@ class KVCacheManager:
         Cost: O(count x blocks of the sequence); no block is copied or allocated.
         """
         count = checks.integer("fork count", count, least=1, error=InvalidRequestError)
-        (row,) = self._rows_to_change([seq]).tolist()
+        parent = self._rows_to_change([seq])
+        (row,) = parent.tolist()
         table = self._table
         if count > table.num_free_rows:
             raise InvalidRequestError(f"{count} forks need {count} sequences and {table.num_free_rows} are left: raise max_num_seqs")
         if table.num_reserved[row] != table.num_computed[row]:
             raise InvalidRequestError(f"sequence handle {seq} has reserved slots: complete or cancel its step before forking it")
-        held = int(table.num_blocks[row])
         with table.change:
             for index, group in enumerate(self._groups):
-                group.pool.acquire(np.tile(table.block_tables[index, row, :held], count))
+                group.pool.acquire(np.tile(self._table_ids(index, parent), count))
             rows, seqs = table.open_rows(count)
             table.block_tables[:, rows] = table.block_tables[:, row : row + 1]
             table.token_ids[rows] = table.token_ids[row]
@@ -372,7 +396,8 @@ class KVCacheManager:
 
         Raises:
             UnknownHandleError, StaleHandleError: naming the handle.
-            InvalidRequestError: a length below 1 or beyond what is known.
+            InvalidRequestError: a length below 1 or beyond what is known; or one whose next token would see what was given back behind a
+                window, which is never so within the last, half-full block.
         """
         rows = self._rows_to_change(seqs)
         lengths = as_counts(num_tokens, len(rows), "num_tokens")
@@ -384,9 +409,15 @@ class KVCacheManager:
         pending = self._table.copy_pending[rows]
         computed = self._table.num_computed[rows]
         computed = np.where(pending, computed // self._block_size * self._block_size, computed)
+        kept = np.minimum(computed, lengths)
+        if self._retirement is not None and self._retirement.is_gone(computed // self._block_size, kept // self._block_size):
+            raise InvalidRequestError(
+                f"cannot truncate to {lengths.tolist()} tokens: blocks behind a window, which the next token would see, were given back; "
+                "a larger window keeps more of them"
+            )
         with self._table.change:
             self._table.num_tokens[rows] = lengths
-            self._reservations.cut(rows, np.minimum(computed, lengths))
+            self._reservations.cut(rows, kept)
 
     def release(self, seqs: Sequence[int] | Int64Array) -> None:
         """End sequences and let go of their blocks; published blocks stay findable until they are evicted.
@@ -444,18 +475,17 @@ class KVCacheManager:
         if root is None:
             return 0
         self._cohort = None
-        purged = 0
         with self._table.change:
+            before = self._num_cached()
             for group in self._groups:
-                ids = group.cache.blocks_of(root)
-                group.forget(ids)
-                purged += len(ids)
+                if isinstance(group, LayerGroup):  # windowed groups follow
+                    group.forget(group.cache.blocks_of(root))
             table = self._table
             mine = table.live_rows[table.roots[table.live_rows] == root]
             table.roots[mine] = 0
             table.num_published[mine] = 0
             self._namespaces.forget(namespace)
-            return purged
+            return before - self._num_cached()
 
     def distrust(self, seqs: Sequence[int] | Int64Array) -> int:
         """Make the published blocks of these sequences unfindable, and all that continue them: what they hold may be wrong.
@@ -469,19 +499,18 @@ class KVCacheManager:
             UnknownHandleError, StaleHandleError: naming the handle.
         """
         rows = self._rows_to_change(seqs)
-        table, forgotten = self._table, 0
+        table, before = self._table, self._num_cached()
         with table.change:
             for tables, group in zip(table.block_tables, self._groups, strict=True):
-                published = [tables[row, : table.num_published[row]] for row in rows.tolist()]
-                ids = group.cache.continuations_of(np.concatenate([np.zeros(0, np.int32), *published]))
-                group.forget(ids)
-                forgotten += len(ids)
+                if isinstance(group, LayerGroup):  # windowed groups follow
+                    published = [tables[row, : table.num_published[row]] for row in rows.tolist()]
+                    group.forget(group.cache.continuations_of(np.concatenate([np.zeros(0, np.int32), *published])))
             public = table.live_rows[table.num_published[table.live_rows] > 0]
             # Chains are forgotten from their first block on, so who has any of them among its published ones has that one.
             doubtful = public[~self._groups[0].pool.is_cached(table.block_tables[0, public, 0])]
             table.roots[doubtful] = 0
             table.num_published[doubtful] = 0
-            return forgotten
+            return before - self._num_cached()
 
     # Accounts.
 
@@ -530,9 +559,14 @@ class KVCacheManager:
             self._refuse_reservation(rows, 1)
         if again and self._may_decode_together(rows, start):
             handles: Int64Array = seqs  # type: ignore[assignment]  # the table recognises nothing but arrays
-            publication = self._publication if self._caching else None
             cohort = Cohort(
-                handles, rows, table=table, reservations=self._reservations, publication=publication, max_seq_len=self._max_seq_len
+                handles,
+                rows,
+                table=table,
+                reservations=self._reservations,
+                publication=self._publication if self._caching else None,
+                retirement=self._retirement,
+                max_seq_len=self._max_seq_len,
             )
             if cohort.can_extend(seqs):
                 extension = cohort.extend()
@@ -550,9 +584,7 @@ class KVCacheManager:
         root = self._namespaces.find(namespace)
         if root is None or not self._caching:
             return Match(0, tuple(() for _ in self._groups))
-        chains = [group.cache.match(root, tokens) for group in self._groups]
-        length = min(map(len, chains))
-        return Match(length * self._block_size, tuple(tuple(chain[:length]) for chain in chains))
+        return find_prefix(self._groups, root, tokens, block_size=self._block_size)
 
     def _check_open(self, prompts: list[Int32Array]) -> None:
         if len(prompts) > self.num_free_seqs:
@@ -572,7 +604,7 @@ class KVCacheManager:
         for index, (group, ids) in enumerate(zip(self._groups, match.block_ids, strict=True)):
             blocks = np.array(ids, dtype=np.int32)
             group.pool.acquire(blocks)
-            self._table.block_tables[index, row, :count] = blocks
+            self._table.block_tables[index, row, count - len(ids) : count] = blocks
         self._table.num_blocks[row] = self._table.num_published[row] = count
         self._table.num_reserved[row] = self._table.num_computed[row] = match.num_tokens
 
@@ -612,24 +644,17 @@ class KVCacheManager:
         self._table.num_tokens[rows] = known + 1
 
     def _table_ids(self, index: int, rows: Int64Array, *, tail_first: bool = False) -> Int32Array:
+        """The blocks that these rows hold in a group, one row after the other."""
         table = self._table.block_tables[index]
         step = -1 if tail_first else 1
-        held = self._table.num_blocks[rows].tolist()
-        return np.concatenate(
-            [np.zeros(0, np.int32), *(table[row, :count][::step] for row, count in zip(rows.tolist(), held, strict=True))]
-        )
+        first = first_blocks(self._groups[index], self._table.num_computed[rows], self._block_size).tolist()
+        places = zip(rows.tolist(), first, self._table.num_blocks[rows].tolist(), strict=True)
+        return np.concatenate([np.zeros(0, np.int32), *(table[row, begin:end][::step] for row, begin, end in places)])
+
+    def _num_cached(self) -> int:
+        return sum(len(group.cache) for group in self._groups)
 
     def _sweep_namespaces(self) -> None:
         used = set(self._table.roots.tolist())
-        for group in self._groups:
-            used.update(group.cache.live_roots().tolist())
+        used.update(*(group.cache.live_roots().tolist() for group in self._groups if isinstance(group, LayerGroup)))
         self._namespaces.sweep(used)
-
-
-def _sizes(num_blocks: object) -> list[int]:
-    """Blocks of each layer group; refused here, before anything of that size is made."""
-    many = isinstance(num_blocks, Sequence | np.ndarray) and not isinstance(num_blocks, str)
-    several = list(num_blocks) if many else [num_blocks]  # type: ignore[call-overload]  # what was just found out
-    if not several:
-        raise ConfigError("num_blocks is empty: it must be a number, or one for each layer group")
-    return [checks.integer("num_blocks", size, least=2, most=_MAX_BLOCKS) for size in several]

@@ -1,6 +1,7 @@
 """Making computed full blocks findable, and swapping duplicates for the block that is findable already.
 
-Owns no state but a count: it works on the table and the groups for the ``KVCacheManager``, after a step has completed.
+A windowed group's block becomes findable by way of the first group's, whose turn comes before. Owns no state but a count: it works on the
+table and the groups for the ``KVCacheManager``, after a step has completed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.layer_group import Group, LayerGroup
 from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.plan import Int32Array, Int64Array
 
@@ -17,7 +18,7 @@ from pagedkv.plan import Int32Array, Int64Array
 class Publication:
     """Publishes rows' full blocks up to given counts; about 1 microsecond a block."""
 
-    def __init__(self, table: SequenceTable, groups: Sequence[LayerGroup], *, block_size: int) -> None:
+    def __init__(self, table: SequenceTable, groups: Sequence[Group], *, block_size: int) -> None:
         self._table = table
         self._groups = groups
         self._size = block_size
@@ -52,9 +53,9 @@ class Publication:
             Per group, the ``n`` blocks that stand in the table from now on.
         """
         contents = self._table.token_blocks.take(cells, axis=0)
-        settled = []
+        settled: list[list[int]] = []
         for tables, group, before, given in zip(self._table.flat_block_tables, self._groups, parents, blocks, strict=True):
-            holders = group.publish(before, contents, given, roots)
+            holders = group.publish(before, contents, given, roots) if isinstance(group, LayerGroup) else group.follow(settled[0], given)
             if holders != given:
                 self.num_deduplicated += sum(holder != block for holder, block in zip(holders, given, strict=True))
                 tables[cells] = holders
@@ -71,10 +72,15 @@ class Publication:
         table, size = self._table, self._size
         root = int(table.roots[row])
         contents = table.token_ids[row, begin * size : end * size].reshape(end - begin, size)
+        leading: list[int] = []
         for tables, group in zip(table.block_tables, self._groups, strict=True):
             blocks = tables[row, begin:end].copy()
-            parent = int(tables[row, begin - 1]) if begin else root
-            holders = group.cache.publish_chain(parent, contents, blocks, root)
+            if isinstance(group, LayerGroup):
+                parent = int(tables[row, begin - 1]) if begin else root
+                holders = group.cache.publish_chain(parent, contents, blocks, root)
+                leading = leading or holders.tolist()
+            else:
+                holders = np.array(group.cache.publish(leading, blocks.tolist()), dtype=np.int32)
             if group.settle(blocks, holders):
                 self.num_deduplicated += int(np.count_nonzero(holders != blocks))
                 tables[row, begin:end] = holders

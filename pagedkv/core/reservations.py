@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pagedkv.core.layer_group import LayerGroup
+from pagedkv.core.layer_group import Group
 from pagedkv.core.sequence_table import SequenceTable
 from pagedkv.errors import OutOfBlocksError
 from pagedkv.plan import Int32Array, Int64Array
@@ -36,7 +36,7 @@ class Extension:
 class Reservations:
     """Grows and cuts rows of a table; takes and releases the blocks that go with it."""
 
-    def __init__(self, table: SequenceTable, groups: Sequence[LayerGroup], *, block_size: int) -> None:
+    def __init__(self, table: SequenceTable, groups: Sequence[Group], *, block_size: int) -> None:
         self._table = table
         self._groups = groups
         self._size = block_size

@@ -113,7 +113,7 @@ COMMANDS: dict[str, Corruption] = {
     "purge": lambda manager: manager.purge("nobody's"),
     "distrust": lambda manager: manager.distrust([]),
 }
-QUESTIONS = {"check", "free_block_ids", "match", "num_blocks_needed", "num_exclusive_blocks", "num_held_blocks", "rows_of"}
+QUESTIONS = {"check", "free_block_ids", "held_blocks", "match", "num_blocks_needed", "num_exclusive_blocks", "num_held_blocks", "rows_of"}
 ACCOUNTS = {"snapshot", "statistics"}
 
 
