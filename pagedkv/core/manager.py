@@ -396,8 +396,8 @@ class KVCacheManager:
 
         Raises:
             UnknownHandleError, StaleHandleError: naming the handle.
-            InvalidRequestError: a length below 1 or beyond what is known; or one whose next token would see what was given back behind a
-                window, which is never so within the last, half-full block.
+            InvalidRequestError: a length below 1 or beyond what is known; or one behind which a window would need blocks that were given
+                back, which is never so within the block that is being filled.
         """
         rows = self._rows_to_change(seqs)
         lengths = as_counts(num_tokens, len(rows), "num_tokens")

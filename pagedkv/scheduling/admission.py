@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.core import KVCacheManager, Match, Opened
-from pagedkv.plan import Int32Array
+from pagedkv.plan import Int32Array, Int64Array
 from pagedkv.scheduling.config import SchedulerConfig
 from pagedkv.scheduling.events import EventKind, MissReason, WaitReason
 from pagedkv.scheduling.inflight import PrefixesInFlight
-from pagedkv.scheduling.request import Branch, Status
+from pagedkv.scheduling.needs import BlockNeeds
+from pagedkv.scheduling.request import Branch, Request, Status
 from pagedkv.scheduling.running import RunningSet
 from pagedkv.scheduling.waiting import WaitingQueue
 
@@ -25,9 +26,10 @@ class Admission:
         self._config = config
         self._running = running
         self._waiting = waiting
-        self._watermark = int(manager.num_usable_blocks * config.watermark)
+        self._needs = BlockNeeds(manager.table, manager.windows, in_chunks=config.recurrent_state != "whole")
+        self._watermark = (np.array(manager.usable_blocks) * config.watermark).astype(np.int64)
         self._in_flight = PrefixesInFlight(manager.block_size, self._is_prefilling)
-        self._margin: int | None = None  # available blocks less what running branches need for the tokens they know
+        self._margin: Int64Array | None = None  # available blocks of each group less what running branches need for the tokens they know
 
     def begin_step(self) -> None:
         """Forget what was computed for the step before."""
@@ -78,31 +80,46 @@ class Admission:
         return self._manager.match(branch.token_ids[:-1], branch.request.namespace)
 
     def _has_room(self, branch: Branch, match: Match, step: int) -> bool:
-        """The three rules: enough rows, enough blocks for all known tokens, and after many preemptions enough until the end."""
-        manager, running, size = self._manager, self._running, self._manager.block_size
+        """The three rules: enough rows, in each group blocks for all known tokens, and after many preemptions enough until the end."""
+        manager, running, needs = self._manager, self._running, self._needs
         rows = branch.width + len(running) + running.num_reserved_rows
         if rows > min(self._config.max_running, manager.max_num_seqs):
             branch.record.note(EventKind.WAITING, step, reason=WaitReason.SEQUENCES, running=len(running))
             return False
-        held = manager.num_held_blocks(match)
-        # One block more for each fork: it gets a copy of the half-full last block, or a new one.
-        needed = -(-(len(branch.token_ids) + 1) // size) + branch.width - 1 - held
         if not len(running):
             return True  # alone it fits: that was checked when it was submitted
+        held, available = np.array(manager.held_blocks(match)), np.array(manager.available_blocks)
+        # One block more for each fork: it gets a copy of the half-full last block, or a new one.
+        needed = needs.of_tokens(len(branch.token_ids) + 1) + branch.width - 1 - held
         if self._margin is None:
-            self._margin = manager.num_available_blocks - running.outstanding_blocks(size)
-        if needed + self._watermark > self._margin:
-            branch.record.note(EventKind.WAITING, step, reason=WaitReason.BLOCKS, needed=needed, available=manager.num_available_blocks)
+            self._margin = available - running.outstanding_blocks(needs)
+        lacking = needed + self._watermark - self._margin
+        if lacking.max() > 0:
+            self._note_wait(branch, step, WaitReason.BLOCKS, needed, available, lacking)
             return False
         if self._must_be_sure(branch):
-            worst = self._worst_case(branch) - held + running.worst_case_blocks(size)
-            if worst > manager.num_available_blocks:
-                reason = WaitReason.RESERVED
-                branch.record.note(EventKind.WAITING, step, reason=reason, needed=worst, available=manager.num_available_blocks)
+            worst = self.worst_case(branch.request, branch.width) - held + running.worst_case_blocks(needs)
+            if (worst > available).any():
+                self._note_wait(branch, step, WaitReason.RESERVED, worst, available, worst - available)
                 return False
         # What is admitted leaves the margin by what it needs, so that many admissions in a step do not each sum up all that runs.
         self._margin = None if branch.is_trunk else self._margin - needed
         return True
+
+    def worst_case(self, request: Request, width: int) -> Int64Array:
+        """``[G]`` blocks of each layer group that ``width`` branches of a request, alone, need at once at most until they end."""
+        size, prompt = self._manager.block_size, len(request.prompt_token_ids)
+        shared = (prompt - 1) // size if width > 1 else 0
+        total = shared + width * (-(-(prompt + request.max_tokens - 1) // size) - shared)
+        worst: Int64Array = np.minimum(total, width * self._needs.most[:, 0])
+        return worst
+
+    def _note_wait(
+        self, branch: Branch, step: int, reason: WaitReason, needed: Int64Array, available: Int64Array, lacking: Int64Array
+    ) -> None:
+        """Note why a branch waits, by the numbers of the group that lacks most."""
+        group = int(lacking.argmax())
+        branch.record.note(EventKind.WAITING, step, reason=reason, needed=int(needed[group]), available=int(available[group]))
 
     def _must_be_sure(self, branch: Branch) -> bool:
         """Whether all that runs has to fit to its end: this branch, or one that runs, was preempted as often as may be."""
@@ -110,12 +127,6 @@ class Admission:
         if branch.num_preemptions >= limit:
             return True
         return self._running.num_preempted > 0 and any(other.num_preemptions >= limit for other in self._running.branches)
-
-    def _worst_case(self, branch: Branch) -> int:
-        size, request = self._manager.block_size, branch.request
-        prompt = len(request.prompt_token_ids)
-        shared = (prompt - 1) // size if branch.is_trunk else 0
-        return shared + branch.width * (-(-(prompt + request.max_tokens - 1) // size) - shared)
 
     def _computing_same_prefix(self, branch: Branch, match: Match) -> tuple[int, int] | None:
         """A running row that is computing full blocks of this prompt that are not cached yet, and how far they reach."""

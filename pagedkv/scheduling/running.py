@@ -12,6 +12,7 @@ import numpy as np
 
 from pagedkv.core import SequenceTable
 from pagedkv.plan import BoolArray, Int32Array, Int64Array
+from pagedkv.scheduling.needs import BlockNeeds
 from pagedkv.scheduling.request import Branch
 
 _NO_TOKEN = -1  # could not be sampled
@@ -154,23 +155,25 @@ class RunningSet:
         first: Int64Array = rows[self._table.num_tokens[rows] == self._prompt_lens[rows] + 1]
         return first
 
-    def outstanding_blocks(self, block_size: int) -> int:
-        """Blocks that the running rows need for the tokens they know, plus the next one of each."""
-        return int(np.maximum(self._blocks_short(self._table.num_tokens[self.rows] + 1, block_size), 0).sum())
+    def outstanding_blocks(self, needs: BlockNeeds) -> Int64Array:
+        """``[G]`` blocks of each layer group that the running rows need for the tokens they know, plus the next one of each."""
+        outstanding: Int64Array = self._blocks_short(self._table.num_tokens[self.rows] + 1, needs).sum(axis=1)
+        return outstanding
 
-    def worst_case_blocks(self, block_size: int) -> int:
-        """Blocks that the running rows may still need until all of them have ended for their length."""
-        short = self._blocks_short(self.limits[self.rows] - 1, block_size)
+    def worst_case_blocks(self, needs: BlockNeeds) -> Int64Array:
+        """``[G]`` blocks of each layer group that the running rows may still need until all of them have ended for their length."""
+        short, size = self._blocks_short(self.limits[self.rows] - 1, needs), self._table.block_size
         short += self._table.tail_shared[self.rows]
         if self.num_trunks:
-            own = self.limits[self.rows] - 1 - (self._prompt_lens[self.rows] - 1) // block_size * block_size
+            own = self.limits[self.rows] - 1 - (self._prompt_lens[self.rows] - 1) // size * size
             widths = np.array([branch.width for branch in self.branches])
-            short += (widths - 1) * -(-own // block_size)
-        return int(short.sum())
+            short += (widths - 1) * needs.of_blocks(-(-own // size))
+        worst: Int64Array = short.sum(axis=1)
+        return worst
 
-    def _blocks_short(self, num_tokens: Int32Array, block_size: int) -> Int32Array:
-        short: Int32Array = -(-num_tokens // block_size) - self._table.num_blocks[self.rows]
-        return short
+    def _blocks_short(self, num_tokens: Int32Array, needs: BlockNeeds) -> Int64Array:
+        short: Int64Array = needs.of_blocks(-(-num_tokens // self._table.block_size)) - needs.held(self.rows)
+        return np.maximum(short, 0)  # a chunk may hold more behind a window for one step than is needed
 
 
 @dataclass(slots=True, eq=False)

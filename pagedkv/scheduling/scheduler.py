@@ -175,12 +175,11 @@ class Scheduler:
             change = "shorten it, or raise max_num_batched_tokens: its recurrent layers cannot go on in the middle of a prompt"
             what = "tokens in one step (the prompt)"
             raise RequestTooLargeError(name, needed=prompt, limit=self.config.max_num_batched_tokens, unit=what, change=change)
-        size = manager.block_size
-        shared = (prompt - 1) // size if request.n > 1 else 0
-        needed = shared + request.n * (-(-(total - 1) // size) - shared)
-        if needed > manager.num_usable_blocks:
+        worst = zip(self._admission.worst_case(request, request.n).tolist(), manager.usable_blocks, strict=True)
+        needed, limit = max(worst, key=lambda each: each[0] - each[1])  # in the layer group that lacks most
+        if needed > limit:
             change = "shorten the prompt, lower max_tokens or n, or raise num_blocks"
-            raise RequestTooLargeError(name, needed=needed, limit=manager.num_usable_blocks, unit="blocks", change=change)
+            raise RequestTooLargeError(name, needed=needed, limit=limit, unit="blocks", change=change)
 
     # Commands.
 

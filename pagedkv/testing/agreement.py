@@ -10,7 +10,7 @@ from itertools import chain, combinations
 
 from pagedkv.core import CacheStatistics, GroupStatistics, SequenceSnapshot, Snapshot
 from pagedkv.testing.reference_manager import ReferenceManager
-from pagedkv.testing.reference_pool import ReferencePool
+from pagedkv.testing.reference_pool import GONE, ReferencePool
 from pagedkv.testing.reference_sequence import Twin
 from pagedkv.testing.token_oracle import TokenOracle
 from pagedkv.testing.violations import ViolationError
@@ -97,7 +97,7 @@ def read_back(pairs: Iterable[tuple[SequenceSnapshot, Twin]], oracle: TokenOracl
         stamps = oracle.stamps(twin.name, twin.tokens[: seq.num_computed_tokens])
         for group, table in enumerate(seq.block_tables):
             try:
-                oracle.verify(group, table, stamps)
+                oracle.verify(group, table, stamps, num_gone=twin.tables[group].count(GONE))
             except ViolationError as error:
                 error.add_note(f"read by sequence {seq.seq}")
                 raise
@@ -112,8 +112,8 @@ def disjoint_namespaces(pairs: Iterable[tuple[SequenceSnapshot, Twin]]) -> None:
         for group in range(len(seqs[0].block_tables)):
             blocks = set(chain.from_iterable([seq.block_tables[group] for seq in seqs]))
             shared = blocks.intersection(chain.from_iterable([seq.block_tables[group] for seq in rivals]))
-            if shared:
-                raise ViolationError("ownership", f"group {group}: {one!r} and {other!r} both hold block {min(shared)}")
+            if shared - {GONE}:
+                raise ViolationError("ownership", f"group {group}: {one!r} and {other!r} both hold block {min(shared - {GONE})}")
 
 
 def conserve_blocks(account: CacheStatistics) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 
 from pagedkv.testing.manager_driver import ManagerDriver
@@ -54,16 +55,26 @@ _MAKING_ROOM = ("release", "truncate", "unpin")
 
 
 def random_config(rng: random.Random, *, num_blocks: int | None = None, block_size: int | None = None) -> ManagerConfig:
-    """Sizes for one session: 2 to 8 tokens in the vocabulary, blocks of 1 to 4, one or two layer groups; what is given is kept."""
+    """Sizes for one session: 2 to 8 tokens in the vocabulary, blocks of 1 to 4, one to three layer groups, of which some have windows;
+    what is given is kept."""
     usual = rng.randint(3, 20) if num_blocks is None else num_blocks
     pools = rng.choice([(usual,), (usual,), (usual, usual), (usual, usual + 3), (usual + 3, usual)])
-    return ManagerConfig(
+    config = ManagerConfig(
         pools,
         block_size=rng.choice([1, 2, 2, 3, 4]) if block_size is None else block_size,
         max_num_seqs=rng.randint(2, 6),
         prefix_caching=rng.random() < 0.92,
         vocabulary=rng.choice([2, 2, 3, 8]),
     )
+    return _with_windows(config, rng, tight=num_blocks is None) if len(pools) > 1 and rng.random() < 0.7 else config
+
+
+def _with_windows(config: ManagerConfig, rng: random.Random, *, tight: bool) -> ManagerConfig:
+    """The same with windows for all groups but the first; their pools may be smaller, as their sequences hold less."""
+    count = rng.choice([1, 1, 2])
+    windows = [rng.choice([1, -1]) * rng.randint(1, 3 * config.block_size + 1) for _ in range(count)]
+    pools = [max(3, config.num_blocks[1] // rng.choice([1, 2])) if tight else config.num_blocks[1] for _ in range(count)]
+    return replace(config, num_blocks=(config.num_blocks[0], *pools), windows=(0, *windows))
 
 
 class OperationGenerator:

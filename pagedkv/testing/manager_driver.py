@@ -74,14 +74,16 @@ class ManagerDriver:
         storage_factory: Callable[[Sequence[int], int], TokenOracle] = TokenOracle,
     ) -> None:
         self.config = config
+        windows = [config.window(group) for group in range(len(config.num_blocks))]
         self.manager = manager_factory(
             num_blocks=list(config.num_blocks),
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
-            max_seq_len=(min(config.num_blocks) - 1) * config.block_size,
+            max_seq_len=config.max_seq_len,
             enable_prefix_caching=config.prefix_caching,
+            **({"windows": windows} if any(windows) else {}),  # one that has no windows can still be tested without
         )
-        self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching, windows=windows)
         self.tokens = storage_factory(config.num_blocks, config.block_size)
         self.num_operations = 0
         self._judge = Judge(self.manager, self.reference, self.tokens, check=check, oracles=oracles)
@@ -225,6 +227,9 @@ class ManagerDriver:
 
     def _truncate(self, handle: int, length: int) -> bool:
         length = 1 + length % len(self.reference.seqs[handle].tokens)
+        if not self.reference.can_truncate(handle, length):
+            self._judge.expect(InvalidRequestError, lambda: self.manager.truncate([handle], [length]))
+            return True
         self._steps.leave(handle)
         self.manager.truncate([handle], [length])
         self.reference.truncate(handle, length)

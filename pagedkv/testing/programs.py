@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pagedkv.core import Window
 from pagedkv.errors import InvalidRequestError
 
 NAMESPACES = ("", "tenant", "other")
@@ -29,6 +30,8 @@ class ManagerConfig:
         max_num_seqs: sequences alive at once.
         prefix_caching: whether full blocks are published.
         vocabulary: different tokens that are drawn; the manager does not know of it.
+        windows: how far back each layer group looks: 0 for everything, as the first group always and those that are not mentioned; a number
+            of positions for a sliding window, and less than 0 for chunks of so many.
     """
 
     num_blocks: tuple[int, ...]
@@ -36,6 +39,17 @@ class ManagerConfig:
     max_num_seqs: int
     prefix_caching: bool = True
     vocabulary: int = 2
+    windows: tuple[int, ...] = (0,)
+
+    def window(self, group: int) -> Window | None:
+        """The window of a layer group."""
+        size = self.windows[group] if group < len(self.windows) else 0
+        return Window("sliding" if size > 0 else "chunked", abs(size)) if size else None
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that one sequence can have: what every pool can hold whose sequences keep everything."""
+        return (min(count for group, count in enumerate(self.num_blocks) if self.window(group) is None) - 1) * self.block_size
 
 
 @dataclass(frozen=True, slots=True)

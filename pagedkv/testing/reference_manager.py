@@ -7,18 +7,22 @@ on the *shape*: which positions share a block, how many blocks are free, evictab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress, takewhile
+from itertools import compress
 
+from pagedkv.core import Window
 from pagedkv.errors import OutOfBlocksError
-from pagedkv.testing.reference_pool import ReferencePool, Space
+from pagedkv.testing.reference_pool import GONE, ReferencePool, Space
 from pagedkv.testing.reference_sequence import Twin
 
 
 class ReferenceManager:
     """Mirrors the commands of ``KVCacheManager``, for valid arguments; handles are the ones that the real one gave out."""
 
-    def __init__(self, num_blocks: Sequence[int], block_size: int, *, prefix_caching: bool) -> None:
-        self.groups = [ReferencePool(count - 1) for count in num_blocks]
+    def __init__(
+        self, num_blocks: Sequence[int], block_size: int, *, prefix_caching: bool, windows: Sequence[Window | None] | None = None
+    ) -> None:
+        windows = [None] * len(num_blocks) if windows is None else windows
+        self.groups = [ReferencePool(count - 1, window) for count, window in zip(num_blocks, windows, strict=True)]
         self.size, self.caching = block_size, prefix_caching
         self.seqs: dict[int, Twin] = {}
         self.pins: dict[int, list[list[int]]] = {}
@@ -26,10 +30,16 @@ class ReferenceManager:
         self.num_hit_tokens = self.num_deduplicated = self.num_copies = 0
 
     def match(self, tokens: list[int], name: str) -> list[list[int]]:
-        """The longest cached prefix: its blocks in each group."""
+        """The longest cached prefix of which every group has what is read behind it: its blocks in each."""
         keys = [(self._space(name), tuple(tokens[:end])) for end in range(self.size, len(tokens) + 1, self.size)]
-        found = list(takewhile(lambda key: all(key in group.cache for group in self.groups), keys))
-        return [[group.cache[key] for key in found] for group in self.groups]
+        for count in range(len(keys), -1, -1):
+            found = [
+                [group.cache.get(key) if group.reads(place, count, self.size) else GONE for place, key in enumerate(keys[:count])]
+                for group in self.groups
+            ]
+            if not any(None in chain for chain in found):
+                break
+        return [[block for block in chain if block is not None] for chain in found]
 
     def open(self, prompts: list[list[int]], names: list[str], handles: list[int]) -> list[int]:
         """Start sequences; returns how many tokens of each were found."""
@@ -52,19 +62,20 @@ class ReferenceManager:
             if count > group.available:
                 raise OutOfBlocksError(needed=count, available=group.available)
         for index, (group, writers) in enumerate(zip(self.groups, copying, strict=True)):
-            for twin, target in zip(writers, group.take(len(writers)), strict=True):
+            for twin, target in zip(writers, self._take(group, len(writers)), strict=True):
                 group.drop([twin.tables[index].pop()])
                 twin.tables[index].append(target)
                 twin.copy_pending = True
             self.num_copies += len(writers)
+        for index, group in enumerate(self.groups):
             for twin, more in zip(twins, missing, strict=True):
-                twin.tables[index] += group.take(more)
+                twin.tables[index] += self._take(group, more)
         for twin, end in zip(twins, ends, strict=True):
             twin.reserved = end
         return needed
 
     def complete(self, handles: list[int], next_tokens: list[int]) -> None:
-        """Everything reserved is computed; full blocks become findable, or give way to a twin that is."""
+        """All that is reserved is computed; full blocks become findable, or give way to a twin; what is not read on is given back."""
         for handle, token in zip(handles, next_tokens, strict=True):
             twin = self.seqs[handle]
             twin.computed, twin.copy_pending = twin.reserved, False
@@ -72,15 +83,30 @@ class ReferenceManager:
         for twin in (self.seqs[handle] for handle in handles):
             for group, table in zip(self.groups, twin.tables, strict=True):
                 for place in range(twin.computed // self.size):
-                    if twin.space is not None and table[place] not in group.keys:
+                    if twin.space is not None and table[place] != GONE and table[place] not in group.keys:
                         block, key = table[place], (twin.space, tuple(twin.tokens[: (place + 1) * self.size]))
                         table[place] = group.publish(key, block)
                         self.num_deduplicated += table[place] != block
+        for twin in (self.seqs[handle] for handle in handles):
+            for group, table in zip(self.groups, twin.tables, strict=True):
+                for place in range(twin.computed // self.size):
+                    if not group.reads(place, twin.computed // self.size, self.size):
+                        group.drop([table[place]])
+                        table[place] = GONE
 
     def cancel(self, handles: list[int]) -> None:
         """Nothing of what is reserved was computed, and no copy can be relied on."""
         for twin in (self.seqs[handle] for handle in reversed(handles)):
             self._cut(twin, twin.sure(self.size))
+
+    def can_truncate(self, handle: int, length: int) -> bool:
+        """Whether nothing is gone that would not be gone behind so many tokens."""
+        twin = self.seqs[handle]
+        full = min(twin.computed, length) // self.size
+        gone = [
+            (group, place) for group, table in zip(self.groups, twin.tables, strict=True) for place, block in enumerate(table) if not block
+        ]
+        return not any(group.reads(place, full, self.size) for group, place in gone)
 
     def truncate(self, handle: int, length: int) -> None:
         """Forget known tokens."""
@@ -128,6 +154,14 @@ class ReferenceManager:
 
     def _space(self, name: str) -> Space:
         return name, self.purges.get(name, 0)
+
+    def _take(self, group: ReferencePool, count: int) -> list[int]:
+        """Take blocks; what the first group finds no more, no windowed group does."""
+        taken = group.take(count)
+        for other in self.groups:
+            if other.window is not None and group is self.groups[0]:
+                other.forget(lambda key: key not in group.cache)
+        return taken
 
     def _hold(self, chains: list[list[int]]) -> None:
         for group, chain in zip(self.groups, chains, strict=True):

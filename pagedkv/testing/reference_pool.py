@@ -1,12 +1,20 @@
-"""What a pool of blocks and its prefix cache should do, said with dictionaries; owned by a ``ReferenceManager``."""
+"""What a pool of blocks and its prefix cache should do, said with dictionaries; owned by a ``ReferenceManager``.
+
+A block that was given back behind a window is ``GONE``: it stands in a table, and nobody holds it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pagedkv.core import Window
+
 Space = tuple[str, int]  # a namespace, and how often it has been purged
 Key = tuple[Space, tuple[int, ...]]  # what a block is found by: all tokens from the beginning up to its end
+
+
+GONE = 0
 
 
 @dataclass(slots=True)
@@ -14,6 +22,7 @@ class ReferencePool:
     """The blocks of one layer group. A block is a serial number that is never used twice."""
 
     free: int
+    window: Window | None = None
     held: dict[int, int] = field(default_factory=dict)  # block: how many hold it
     idle: dict[int, None] = field(default_factory=dict)  # cached and held by nobody, the least recently let go first
     cache: dict[Key, int] = field(default_factory=dict)
@@ -25,6 +34,15 @@ class ReferencePool:
     def available(self) -> int:
         """Blocks that could be taken."""
         return self.free + len(self.idle)
+
+    def reads(self, place: int, num_full: int, size: int) -> bool:
+        """Whether a token behind ``num_full`` full blocks of ``size`` sees any of block ``place``."""
+        last, position = (place + 1) * size - 1, num_full * size
+        if self.window is None:
+            return True
+        if self.window.kind == "sliding":
+            return position - last < self.window.size
+        return position // self.window.size <= last // self.window.size
 
     def take(self, count: int) -> list[int]:
         """Hand out blocks: free ones, then the longest idle ones."""
@@ -41,13 +59,13 @@ class ReferencePool:
 
     def hold(self, blocks: Sequence[int]) -> None:
         """One holder more for each."""
-        for block in blocks:
+        for block in filter(None, blocks):
             self.idle.pop(block, None)
             self.held[block] = self.held.get(block, 0) + 1
 
     def drop(self, blocks: Sequence[int]) -> None:
         """One holder less for each, in this order; after its last a block is idle, or free if nobody could find it."""
-        for block in blocks:
+        for block in filter(None, blocks):
             self.held[block] -= 1
             if not self.held[block]:
                 del self.held[block]

@@ -75,8 +75,8 @@ class TokenOracle:
         for block in block_ids:
             self._blocks[group][block] = [EMPTY] * self._size
 
-    def verify(self, group: int, block_table: Sequence[int], stamps: Sequence[int]) -> None:
-        """Read a sequence's first ``len(stamps)`` positions through its table.
+    def verify(self, group: int, block_table: Sequence[int], stamps: Sequence[int], *, num_gone: int = 0) -> None:
+        """Read a sequence's first ``len(stamps)`` positions through its table, but for those in its first ``num_gone`` blocks.
 
         Raises:
             ViolationError: ``"ownership"`` for a slot that another namespace wrote, ``"tokens"`` for any other that does not hold what it
@@ -87,11 +87,12 @@ class TokenOracle:
         length = len(stamps)
         if len(block_table) * self._size < length:
             raise ViolationError("tokens", f"group {group}: {len(block_table)} blocks of {self._size} are too few for {length} tokens")
-        read = self._read(group, block_table, length)
-        if read == stamps:
+        first = num_gone * self._size
+        read = self._read(group, block_table[num_gone:], length - first)
+        if read == stamps[first:]:
             return
-        place = next(place for place in range(length) if read[place] != stamps[place])
-        (owner, found), (name, expected) = self._history(read[place]), self._history(stamps[place])
+        place = next(place for place in range(first, length) if read[place - first] != stamps[place])
+        (owner, found), (name, expected) = self._history(read[place - first]), self._history(stamps[place])
         raise ViolationError(
             "tokens" if owner in (name, None) else "ownership",
             f"group {group}, position {place}, block {block_table[place // self._size]} holds "

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pagedkv.core import KVCacheManager
+from pagedkv.core import KVCacheManager, Window
 from pagedkv.errors import OutOfBlocksError, RequestTooLargeError
 from pagedkv.plan import StepPlan
 from pagedkv.scheduling import (
@@ -53,13 +53,21 @@ def expected_text(request: Request, index: int, vocabulary: int) -> list[int]:
     return tokens
 
 
+def first_seen(window: Window | None, position: int) -> int:
+    """The first position that one sees."""
+    if window is None:
+        return 0
+    return max(position - window.size + 1, 0) if window.kind == "sliding" else position - position % window.size
+
+
 class HashModel:
     """Storage and forward pass in one: writes each token to its slot and reads whole histories back."""
 
-    def __init__(self, block_size: int, num_groups: int, vocabulary: int) -> None:
+    def __init__(self, block_size: int, windows: Sequence[Window | None], vocabulary: int) -> None:
         self.block_size = block_size
         self.vocabulary = vocabulary
-        self.slots: list[dict[int, Stamp]] = [{} for _ in range(num_groups)]
+        self.windows = windows
+        self.slots: list[dict[int, Stamp]] = [{} for _ in windows]
 
     def copy_blocks(self, plan: StepPlan) -> None:
         size = self.block_size
@@ -81,16 +89,17 @@ class HashModel:
         row, length = int(plan.rows[seq]), int(plan.seq_lens[seq])
         name, index = owners[row]
         histories = []
-        for slots, tables in zip(self.slots, plan.block_tables, strict=True):
+        for slots, tables, window in zip(self.slots, plan.block_tables, self.windows, strict=True):
             history = []
-            for position in range(length):
+            first = first_seen(window, length - int(plan.query_lens[seq]))
+            for position in range(first, length):
                 block = int(tables[row, position // self.block_size])
                 stamp = slots.get(block * self.block_size + position % self.block_size)
                 assert stamp is not None, f"row {row} reads block {block}, which nobody wrote, at {position}"
                 assert stamp[:2] == (name, position), f"row {row} of namespace {name!r} reads {stamp} at {position}"
                 history.append(stamp[2])
             histories.append(history)
-        assert all(history == histories[0] for history in histories), "the layer groups tell different stories"
+        assert all(history == histories[0][length - len(history) :] for history in histories), "the layer groups tell different stories"
         return next_token(histories[0], index, self.vocabulary)
 
 
@@ -123,6 +132,7 @@ class Setting:
     """One scheduler under test."""
 
     num_blocks: tuple[int, ...]
+    windows: tuple[Window | None, ...]
     block_size: int
     vocabulary: int
     config: SchedulerConfig
@@ -134,8 +144,9 @@ class Setting:
     def draw(rng: random.Random) -> Setting:
         smallest = rng.choice([rng.randint(3, 12), rng.randint(3, 36)])
         recurrent_state = rng.choice(["none", "none", "none", "chunked", "whole"])
-        return Setting(
+        setting = Setting(
             num_blocks=(smallest,) if rng.random() < 0.8 else (smallest, smallest + 3),
+            windows=(),
             block_size=rng.choice([1, 2, 4]),
             vocabulary=rng.choice([2, 3, 8]),
             config=SchedulerConfig(
@@ -149,6 +160,12 @@ class Setting:
             caching=rng.random() < 0.8 and recurrent_state == "none",
             with_pins=rng.random() < 0.15,
         )
+        return setting._with_windows(rng) if len(setting.num_blocks) > 1 and rng.random() < 0.8 else setting
+
+    def _with_windows(self, rng: random.Random) -> Setting:
+        windows = [Window(rng.choice(["sliding", "chunked"]), rng.randint(1, 4 * self.block_size)) for _ in range(rng.choice([1, 1, 2]))]
+        pools = [rng.choice([window.most_blocks(self.block_size) + rng.randint(1, 6), self.num_blocks[0]]) for window in windows]
+        return replace(self, num_blocks=(self.num_blocks[0], *(max(count, 3) for count in pools)), windows=(None, *windows))
 
 
 class SchedulerDriver:
@@ -159,12 +176,13 @@ class SchedulerDriver:
         self.setting = setting = Setting.draw(self.rng)
         self.manager = KVCacheManager(
             num_blocks=list(setting.num_blocks),
+            windows=setting.windows or None,
             block_size=setting.block_size,
             max_num_seqs=setting.config.max_num_seqs,
             enable_prefix_caching=setting.caching,
         )
         self.scheduler = kind(self.manager, setting.config, policy=setting.policy, clock=lambda: 0.0)
-        self.model = HashModel(setting.block_size, len(setting.num_blocks), setting.vocabulary)
+        self.model = HashModel(setting.block_size, self.manager.windows, setting.vocabulary)
         self.states = RowStates()
         self.requests: dict[str, Request] = {}
         self.ended_from_outside: set[tuple[str, int]] = set()

@@ -20,6 +20,7 @@ from pagedkv.scheduling import (
     Status,
     WaitReason,
 )
+from pagedkv.scheduling.needs import BlockNeeds
 from pagedkv.scheduling.running import RunningSet
 
 
@@ -177,13 +178,13 @@ def test_running_set_row_without_a_branch_is_refused() -> None:
 
 def test_running_set_worst_case_counts_a_copy_for_each_last_block_that_may_be_shared() -> None:
     table = SequenceTable(3, num_groups=1, block_size=4, max_blocks=8)
-    running = RunningSet(table)
+    running, needs = RunningSet(table), BlockNeeds(table, [None])
     rows, _ = table.open_rows(2)
     for row in rows.tolist():
         (branch,) = make_record().branches  # 3 tokens known and 4 to come, the last of which needs no slot: 2 blocks
         branch.row = row
         running.add(branch)
     table.num_blocks[rows] = 1
-    assert running.worst_case_blocks(4) == 2
+    assert running.worst_case_blocks(needs).tolist() == [2]
     table.mark_tails_shared(rows[:1])
-    assert running.worst_case_blocks(4) == 3
+    assert running.worst_case_blocks(needs).tolist() == [3]
