@@ -41,6 +41,7 @@ EXPORTS = {
         "SequenceSnapshot",
         "SequenceTable",
         "Snapshot",
+        "Window",
     },
     "pagedkv.scheduling": {
         "Assignment",

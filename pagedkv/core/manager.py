@@ -412,7 +412,7 @@ class KVCacheManager:
         kept = np.minimum(computed, lengths)
         if self._retirement is not None and self._retirement.is_gone(computed // self._block_size, kept // self._block_size):
             raise InvalidRequestError(
-                f"cannot truncate to {lengths.tolist()} tokens: blocks behind a window, which the next token would see, were given back; "
+                f"cannot truncate to {lengths.tolist()} tokens: blocks behind a window would be needed again, which were given back; "
                 "a larger window keeps more of them"
             )
         with self._table.change:

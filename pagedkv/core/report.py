@@ -39,7 +39,7 @@ class CacheStatistics:
         num_pins: live pins.
         num_namespaces: namespaces remembered.
         num_reserved_tokens: slots that sequences use or are about to use, counted once for each sequence.
-        num_reserved_slots: slots in the sequences' blocks, counted once for each sequence; the difference is waste.
+        num_reserved_slots: slots in the sequences' blocks of the first group, counted once for each sequence; the difference is waste.
         num_query_tokens: prompt tokens looked up since the start.
         num_hit_tokens: of those, found; never more than ``num_query_tokens``.
         num_deduplicated: computed blocks that turned out to be cached already.
@@ -78,7 +78,7 @@ class SequenceSnapshot:
     block_size: int
 
     def slots(self, group: int = 0) -> tuple[int, ...]:
-        """The physical slot of every position that has one."""
+        """The physical slot of every position that has one; in the null block where its block was given back behind a window."""
         table, size = self.block_tables[group], self.block_size
         return tuple(table[position // size] * size + position % size for position in range(self.num_reserved_tokens))
 

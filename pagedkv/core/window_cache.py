@@ -34,10 +34,6 @@ class WindowCache:
         """Published blocks."""
         return self._size
 
-    def find(self, leading: int) -> int:
-        """The block that belongs to a block of the leading group; the null block if none does."""
-        return self._own[leading]
-
     def find_all(self, leading: Iterable[int]) -> list[int]:
         """The blocks that belong to these blocks of the leading group, the null block where none does."""
         own = self._own

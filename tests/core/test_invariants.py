@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from core_helpers import make_manager, start
 
-from pagedkv.core import BlockPool, KVCacheManager, PrefixCache, auditing
+from pagedkv.core import BlockPool, KVCacheManager, PrefixCache, Window, auditing
 from pagedkv.errors import InvariantError
 
 FULL, HALF, OTHER_HALF, CHAIN, FREE = 1, 2, 4, (5, 6), 9  # blocks of the scene
@@ -22,6 +23,15 @@ def scene() -> KVCacheManager:
     for tokens in ([1] * 6, [2] * 6, [3] * 8):
         start(manager, tokens)
     manager.release([start(manager, [4] * 5)])
+    manager.check()
+    return manager
+
+
+def windowed_scene() -> KVCacheManager:
+    """A sequence of three full blocks, all but the first inside a window of two blocks and one position, and one block more."""
+    manager = make_manager(windows=[None, Window.sliding(9)])
+    for tokens in ([1] * 12, [2] * 4):
+        start(manager, tokens)
     manager.check()
     return manager
 
@@ -63,6 +73,23 @@ def mark_another_block(pool: BlockPool) -> None:
     pool._cached[[FULL, HALF]] = False, True
 
 
+def crossing(name: str, index: int, value: int) -> Callable[[KVCacheManager], object]:
+    return lambda manager: getattr(manager._groups[1].cache, name).__setitem__(index, value)
+
+
+def lose_the_leading_block(manager: KVCacheManager) -> None:
+    leader: Any = manager._groups[0]
+    followers, leader.followers = leader.followers, []
+    leader.forget(np.array([4], dtype=np.int32))
+    leader.followers = followers
+    manager.table.num_published[1] = 0
+
+
+def swap_two_blocks(manager: KVCacheManager) -> None:
+    tables = manager.table.block_tables[1, 0]
+    tables[1], tables[2] = tables[2], tables[1]
+
+
 BREAKS: dict[int, tuple[Callable[[KVCacheManager], object], str]] = {
     1: (pool(lambda pool: pool._references.__setitem__(FULL, -1)), "block pool: a reference count is negative"),
     2: (pool(lambda pool: pool._cached.__setitem__(0, True)), "block pool: the null block is held or cached"),
@@ -96,13 +123,18 @@ BREAKS: dict[int, tuple[Callable[[KVCacheManager], object], str]] = {
     24: (cell(0, 1, FULL), "manager: row 0: its writable block 1 is shared or findable"),
     25: (cell(0, 1, 99), "manager: tables name the blocks 1 to 99, the pool ends with 16"),
     26: (cell(0, 1, OTHER_HALF), "manager: block 2 has 1 references and 0 mentions"),
+    27: (crossing("_leading", 2, 9), "window cache: block 2 is found by block 2, which it does not belong to"),
+    28: (crossing("_leading", 9, 9), "window cache: a block belongs to one that it is not found by"),
+    29: (lose_the_leading_block, "window cache: a block belongs to one of the first group that is not findable"),
+    30: (swap_two_blocks, "manager: row 0: a published block belongs to another one than the row's in the first group"),
 }
+WINDOWED = (27, 28, 29, 30)
 
 
 @pytest.mark.parametrize("number", BREAKS)
 def test_broken_invariant_is_the_one_that_is_named(number: int) -> None:
     damage, message = BREAKS[number]
-    manager = scene()
+    manager = windowed_scene() if number in WINDOWED else scene()
     damage(manager)
     with pytest.raises(InvariantError, match=f"^{re.escape(message)}$"):
         manager.check()

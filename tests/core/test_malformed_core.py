@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from malformed_support import Case, Unprintable, named, table
 
-from pagedkv.core import BlockPool, KVCacheManager, PrefixCache, SequenceTable
+from pagedkv.core import BlockPool, KVCacheManager, PrefixCache, SequenceTable, Window
 from pagedkv.errors import (
     ConfigError,
     InvalidRequestError,
@@ -55,6 +55,14 @@ SETTINGS = table(
     ("check level unknown", ConfigError, "check is 'all': it must be one of off, step, audit", lambda _: make(check="all")),
     ("check level None", ConfigError, "check is None", lambda _: make(check=None)),
     ("policy that is not callable", ConfigError, "policy is 'lru'", lambda _: make(policy="lru")),
+    ("windows empty", ConfigError, "windows is []: it must hold a Window or None for each", lambda _: make(windows=[])),
+    ("windows a number", ConfigError, "windows is 4", lambda _: make(windows=4)),
+    ("windows of another number", ConfigError, "windows is ", lambda _: make(num_blocks=[4, 4], windows=[None])),
+    ("windows of numbers", ConfigError, "windows holds 4: each must be a Window or None", lambda _: make(windows=[None, 4])),
+    ("windows of all groups", ConfigError, "the first layer group has a window", lambda _: make(windows=[Window.sliding(4)])),
+    ("window of nothing", ConfigError, "window size is 0", lambda _: Window.sliding(0)),
+    ("window of a text", ConfigError, "window size is '4'", lambda _: Window.chunked("4")),  # type: ignore[arg-type]
+    ("window of another kind", ConfigError, "window kind is 'round': it must be one of sliding, chunked", lambda _: Window("round", 4)),  # type: ignore[arg-type]
     ("pool of one block", ConfigError, "num_blocks is 1", lambda _: BlockPool(1)),
     ("pool of text", ConfigError, "num_blocks is '4'", lambda _: BlockPool("4")),  # type: ignore[arg-type]
     ("pool beyond int32", ConfigError, "num_blocks is 2147483648", lambda _: BlockPool(2**31)),

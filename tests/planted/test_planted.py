@@ -13,11 +13,12 @@ import pytest
 from manager_bugs import MANAGER_BUGS
 from planting import MAX_LIVES, MAX_PROGRAMS, PROGRAM_LENGTH, Kill, kill_with_lives, kill_with_programs
 from storage_bugs import BATCH_BUGS, STORAGE_BUGS
+from window_bugs import WINDOW_BUGS
 
 from pagedkv.testing.manager_driver import ORACLES
 from pagedkv.testing.storage_oracle import StorageOracle
 
-BUGS = {**MANAGER_BUGS, **STORAGE_BUGS, **BATCH_BUGS}
+BUGS = {**MANAGER_BUGS, **WINDOW_BUGS, **STORAGE_BUGS, **BATCH_BUGS}
 
 
 @cache
