@@ -35,8 +35,7 @@ def test_logits_ragged_chunked_and_decoding_equal_the_plain_forward(name: str) -
     kind = "dense" if name in DENSE else "gathered"
     assert runner.tier.name == ("dense" if name in DENSE else "packed")
     assert runner.tier.layers == (kind, kind)
-    for seed, chunk in ((2, 5), (3, 40)):
-        _check(runner, chunk=chunk, seed=seed, what=name)
+    _check(runner, chunk=5, seed=2, what=name)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])

@@ -36,12 +36,13 @@ class Reference:
 
 @dataclass
 class Oracle:
-    """One model, its prompts, and what ``generate`` says to each; everything is made once."""
+    """One model, its prompts, and what ``generate`` says to each; everything is made once. ``backend``: who attends."""
 
     name: str
     model: PreTrainedModel
+    backend: str | PoisonBackend = "auto"
     references: dict[Prompt, Reference] = field(default_factory=dict)
-    runners: dict[int, tuple[ModelRunner, PoisonBackend]] = field(default_factory=dict)
+    runners: dict[int, ModelRunner] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()
     family: tuple[Prompt, ...] = ()
 
@@ -54,11 +55,10 @@ class Oracle:
         return self.prompts[LENGTHS.index(length)]
 
     def runner(self, block_size: int) -> ModelRunner:
-        """The model over pages whose stale slots are NaN."""
+        """The model over pages; with the backend that poisons, over pages whose stale slots are NaN."""
         if block_size not in self.runners:
-            backend = PoisonBackend()
-            self.runners[block_size] = ModelRunner(self.model, backend=backend, block_size=block_size), backend
-        return self.runners[block_size][0]
+            self.runners[block_size] = ModelRunner(self.model, backend=self.backend, block_size=block_size)
+        return self.runners[block_size]
 
     def reference(self, prompt: Prompt) -> Reference:
         if prompt not in self.references:
@@ -74,8 +74,9 @@ class Oracle:
         raise AssertionError(f"{self.name}: every continuation of {head} nearly ties")
 
 
-def make_oracle(name: str) -> Oracle:
-    oracle = Oracle(name, tiny_model(name))
+def make_oracle(name: str, model: PreTrainedModel | None = None) -> Oracle:
+    """Of one of the tiny models that are read in place, or of a given one, in the tier that suits it."""
+    oracle = Oracle(name, tiny_model(name), PoisonBackend()) if model is None else Oracle(name, model)
     rng = random.Random(f"parity {name}")
     oracle.prompts = tuple(oracle.clear_prompt(rng, (), length) for length in LENGTHS)
     trunk = oracle.clear_prompt(rng, (), TRUNK)
@@ -119,7 +120,9 @@ def expected(oracle: Oracle, prompt: Prompt, params: SamplingParams) -> tuple[in
 def new_engine(oracle: Oracle, block_size: int, num_blocks: int, **options: Any) -> Engine:
     """An engine whose pool holds NaN wherever nothing was written."""
     policy = options.pop("policy", None)
-    engine = Engine(oracle.runner(block_size), EngineConfig(num_blocks=num_blocks, **options), policy=policy)
+    runner = oracle.runner(block_size)
+    longest = runner.max_positions or TRUNK + 4 * MAX_NEW  # models with ALiBi state none
+    engine = Engine(runner, EngineConfig(num_blocks=num_blocks, max_model_len=longest, **options), policy=policy)
     engine.fill_free_blocks(float("nan"))
     return engine
 
