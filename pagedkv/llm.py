@@ -22,7 +22,7 @@ from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
 from pagedkv.engine import Engine, EngineConfig, EngineStatistics, limit_reason, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
-from pagedkv.models import ModelRunner, load_model, load_tokenizer
+from pagedkv.models import ModelRunner, TierName, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
 from pagedkv.outputs import RequestOutput
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
@@ -69,6 +69,8 @@ class LLM:
             ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
         fuse: whether norms, gates of MLPs, rotations and whole decoder layers on the CPU run as native operations where these are proven
             to compute the same. See ``ModelRunner`` and ``runner.fusion``.
+        tier: ``"auto"``: the fastest way of running the model that is right; ``"packed"`` or ``"dense"``: only that one. See
+            ``ModelRunner`` and ``runner.tier``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
         check: how closely blocks, tables and queues are watched: ``"off"``; ``"step"``, conservation laws; ``"audit"``, everything after
@@ -97,6 +99,7 @@ class LLM:
         attention_backend: str | AttentionBackend = "auto",
         pack_linears: bool | Literal["auto"] = "auto",
         fuse: bool | Literal["auto"] = "auto",
+        tier: TierName = "auto",
         scheduling_policy: str | SchedulingPolicy = "fcfs",
         seed: int = 0,
         check: CheckLevel = "off",
@@ -123,7 +126,9 @@ class LLM:
         self._memory_share = memory_share
         loaded = load_model(model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(tokenizer, model=model)
-        self._runner = ModelRunner(loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse)
+        self._runner = ModelRunner(
+            loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse, tier=tier
+        )
         self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
         if kv_cache_memory_bytes is not None:
             num_blocks = blocks_in_memory(kv_cache_memory_bytes, self._nbytes_per_block, setting="kv_cache_memory_bytes")

@@ -70,6 +70,8 @@ EXPORTS = {
         "ModelRunner",
         "PackingReport",
         "SelfCheck",
+        "TierName",
+        "TierReport",
         "build_processors",
         "classify_mask",
         "load_model",

@@ -1,4 +1,4 @@
-"""What would run here, and why: attention kernels, linear layers, threads; and, given a model, what its self-check says.
+"""What would run here, and why: attention kernels, linear layers, threads; and, given a model, which way it runs and how right that is.
 
 It owns the words. What is there is found out by those who would use it.
 """
@@ -9,14 +9,24 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from pagedkv.attention import get_backend
 from pagedkv.attention.native.library import BUILDS, load_library
-from pagedkv.models import ModelRunner, load_model, plan_memory, product_dtype, why_not_packable
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.models import ModelRunner, SelfCheck, TierReport, load_model, plan_memory, product_dtype, why_not_packable
 
+_WAYS = {
+    "packed": "packed: the tokens of a step in one row, attention by backend {!r}",
+    "dense": "dense: one row a sequence, the model's {} attention over K/V gathered from blocks",
+}
+_JUDGEMENTS = {
+    "numbers": "no logit may differ by more",
+    "ranks": "in half precision one position of ten may, and three of four must name the same next token",
+}
 _PACKAGES = ("pagedkv", "torch", "transformers", "numpy")
 
 
@@ -36,18 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("model", nargs="?", help="hub id, folder or .gguf file: load it, run the self-check, say what it takes")
     parser.add_argument("--dtype", help="of the model's weights and K/V; the checkpoint's own when not given")
+    parser.add_argument("--tier", choices=("auto", "packed", "dense"), default="auto", help="the only way of running the model to try")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a block")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the account. Raises what loading and checking the model raise."""
-    findings = [*_machine(), *(_model(options) if options.model is not None else [])]
+    """Print the account; 1 where the model is refused. Raises what loading it raises."""
+    findings, status = _machine(), 0
+    if options.model is not None:
+        about_it, status = _model(options)
+        findings += about_it
     if options.json:
         print(json.dumps({finding.subject: {"found": finding.found, "reasons": list(finding.reasons)} for finding in findings}, indent=1))
     else:
         print("\n".join(map(str, findings)))
-    return 0
+    return status
 
 
 def _machine() -> list[Finding]:
@@ -77,29 +91,20 @@ def _linear_layers(dtype: torch.dtype) -> Finding:
     return Finding(subject, f"repacked weights (oneDNN), multiplied in {str(product_dtype(dtype)).removeprefix('torch.')}")
 
 
-def _model(options: argparse.Namespace) -> list[Finding]:
-    runner = ModelRunner(load_model(options.model, dtype=options.dtype), block_size=options.block_size)
-    report, packing, fusion = runner.report, runner.packing, runner.fusion
-    plan = plan_memory(runner.model, block_size=options.block_size)
-    kinds: dict[str, int] = {}
-    for layer in runner.layers:
-        kind = f"{layer.num_kv_heads} K/V heads, K {layer.key_dim} and V {layer.value_dim} wide, group {layer.group}"
-        kinds[kind] = kinds.get(kind, 0) + 1
+def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
+    """The findings, and the exit status."""
+    model = load_model(options.model, dtype=options.dtype)
+    try:
+        runner = ModelRunner(model, block_size=options.block_size, tier=options.tier)
+    except UnsupportedModelError as error:
+        return [Finding("model", f"{type(model).__name__}: refused", (str(error),))], 1
+    packing, fusion = runner.packing, runner.fusion
+    plan = plan_memory(model, block_size=options.block_size)
     findings = [
-        Finding("model", f"{type(runner.model).__name__}, {runner.dtype} on {runner.device}, attention backend {runner.backend_name!r}"),
-        Finding(
-            "self-check",
-            f"passed: largest logit difference {report.max_relative_error:.1e} of the largest logit, {report.bound:.0e} allowed",
-            (
-                f"sequences of {', '.join(map(str, report.sequence_lens))} tokens in {report.num_steps} steps",
-                *(f"{mask.kind} mask of {mask.size} was crossed" for mask in report.windows),
-                *(
-                    f"{mask.kind} mask of {mask.size} is too wide to cross here: its classification is trusted"
-                    for mask in report.windows_not_crossed
-                ),
-            ),
-        ),
-        Finding("layers", f"{len(runner.layers)} that store K/V", tuple(f"{count} x {kind}" for kind, count in kinds.items())),
+        Finding("model", f"{type(model).__name__}, {runner.dtype} on {runner.device}"),
+        Finding("tier", _WAYS[runner.tier.name].format(runner.backend_name), _against(runner.tier)),
+        _self_check(runner.report),
+        _layers(runner),
         Finding(
             "positions",
             "no limit" if runner.max_positions is None else f"{runner.max_positions:,}",
@@ -118,8 +123,48 @@ def _model(options: argparse.Namespace) -> list[Finding]:
             (fusion.reason,) if fusion.reason else (),
         ),
     ]
+    unsupported = _unsupported(runner)
+    if unsupported:
+        findings.append(Finding("not supported", f"{len(unsupported)}", unsupported))
     runner.close()
-    return findings
+    return findings, 0
+
+
+def _against(tier: TierReport) -> tuple[str, ...]:
+    return tuple(f"not {name}: {reason}" for name, reason in tier.rejected.items())
+
+
+def _self_check(report: SelfCheck) -> Finding:
+    return Finding(
+        "self-check",
+        f"passed: largest logit difference {report.max_relative_error:.1e} of the largest logit, {report.bound:.0e} allowed",
+        (
+            f"judged by {report.judged_by}: {_JUDGEMENTS[report.judged_by]}; {report.argmax_agreement:.0%} of next tokens agree",
+            f"sequences of {', '.join(map(str, report.sequence_lens))} tokens in {report.num_steps} steps",
+            *(f"{mask.kind} mask of {mask.size} was crossed" for mask in report.windows),
+            *(
+                f"{mask.kind} mask of {mask.size} is too wide to cross here: its classification is trusted"
+                for mask in report.windows_not_crossed
+            ),
+        ),
+    )
+
+
+def _layers(runner: ModelRunner) -> Finding:
+    masks = runner.tier.masks or ((),) * len(runner.layers)
+    kinds = Counter(
+        f"K/V of {layer.num_kv_heads} heads, K {layer.key_dim} and V {layer.value_dim} wide, group {layer.group}, read {way}"
+        + (f" with {' and '.join(f'{mask.kind} mask' + (f' of {mask.size}' if mask.size else '') for mask in seen)}" if seen else "")
+        for layer, way, seen in zip(runner.layers, runner.tier.layers, masks, strict=True)
+    )
+    return Finding("layers", f"{len(runner.layers)} that store K/V", tuple(f"{count} x {kind}" for kind, count in kinds.items()))
+
+
+def _unsupported(runner: ModelRunner) -> tuple[str, ...]:
+    config = runner.model.config
+    text = config.get_text_config(decoder=True)
+    others = [name for name in config.sub_configs if getattr(config, name, None) not in (None, text)]
+    return tuple(f"{name.removesuffix('_config')}: text alone goes in and comes out" for name in others)
 
 
 def _version(package: str) -> str:

@@ -10,6 +10,7 @@ from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.processors import PROCESSOR_OPTIONS, build_processors, split_options
 from pagedkv.models.runner import ModelRunner
 from pagedkv.models.selfcheck import SelfCheck
+from pagedkv.models.tiers import TierName, TierReport
 
 __all__ = [
     "PROCESSOR_OPTIONS",
@@ -17,6 +18,8 @@ __all__ = [
     "ModelRunner",
     "PackingReport",
     "SelfCheck",
+    "TierName",
+    "TierReport",
     "build_processors",
     "classify_mask",
     "load_model",

@@ -43,7 +43,7 @@ class ModelShape:
         vocab_size: width of the logits.
         requests: what layers that read K/V in place ask of attention, without repeats, ``block_size`` still 1.
         gathered: those of ``layer_ids`` whose K/V the model changes after storing them, so that it is given all of them.
-        masks: the masks that layers attend with, without repeats; none where the model's own code masks.
+        masks: for each of ``layers`` the masks with which its K/V are read, without repeats; none where the model's own code masks.
     """
 
     layer_ids: tuple[int, ...]
@@ -52,12 +52,13 @@ class ModelShape:
     vocab_size: int
     requests: tuple[AttentionSpec, ...] = ()
     gathered: frozenset[int] = frozenset()
-    masks: tuple[Mask, ...] = ()
+    masks: tuple[tuple[Mask, ...], ...] = ()
 
     @property
     def windows(self) -> tuple[Mask, ...]:
-        """The sliding and chunked masks, smallest first."""
-        return tuple(sorted({mask for mask in self.masks if mask.kind != "causal"}, key=lambda mask: (mask.size, mask.kind)))
+        """The sliding and chunked masks of all layers, smallest first."""
+        windows = {mask for masks in self.masks for mask in masks if mask.kind != "causal"}
+        return tuple(sorted(windows, key=lambda mask: (mask.size, mask.kind)))
 
 
 def probe_model(model: PreTrainedModel) -> ModelShape:
@@ -185,8 +186,7 @@ class _PackedRecording(_Recording):
         self._gathered = gathered
         self._carriers = MaskCarriers(shapes_only=shapes_only)
         self._requests: dict[AttentionSpec, None] = {}
-        self._masks: dict[Mask, None] = {}
-        self._attended: set[int] = set()
+        self._masks: dict[int, dict[Mask, None]] = {}
         self._latest = -1
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
@@ -201,7 +201,6 @@ class _PackedRecording(_Recording):
 
     def attend(self, call: AttentionCall) -> Tensor:
         mask = resolve_mask(call, self._carriers)
-        self._masks.setdefault(mask)
         layer = marked_layer(call.key, call.value)
         if layer is None:
             # It has no mark, so it is taken for the one that was stored last; the numbers of the self-check tell if that is wrong.
@@ -210,15 +209,16 @@ class _PackedRecording(_Recording):
             check_gathered(call, _NUM_TOKENS + _NUM_PAST if layer in self._gathered else None)
         else:
             self._requests.setdefault(self._request(call, self._layers[layer], mask))
-        self._attended.add(layer)
+        self._masks.setdefault(layer, {}).setdefault(mask)
         return call.query.new_zeros((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
 
     def shape(self, name: str, vocab_size: int) -> ModelShape:
-        unread = sorted(set(self._layers) - self._attended)
+        unread = sorted(set(self._layers) - set(self._masks))
         if unread:
             raise UnsupportedModelError(f"{name} does not read the K/V of layers {unread} through transformers' AttentionInterface")
         shape = super().shape(name, vocab_size)
-        return replace(shape, requests=tuple(self._requests), gathered=self._gathered, masks=tuple(self._masks))
+        masks = tuple(tuple(self._masks[layer]) for layer in shape.layer_ids)
+        return replace(shape, requests=tuple(self._requests), gathered=self._gathered, masks=masks)
 
     def _request(self, call: AttentionCall, spec: LayerSpec, mask: Mask) -> AttentionSpec:
         return AttentionSpec(

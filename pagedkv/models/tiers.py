@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pagedkv.attention import AttentionBackend
+from pagedkv.attention import AttentionBackend, Mask
 from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.models.call import ModelCall
@@ -67,11 +67,13 @@ class TierReport:
             own attention over K/V gathered from blocks.
         layers: for each layer that stores K/V, how they are read: ``"in place"``, ``"gathered"`` (the model changes them after storing)
             or ``"dense"``.
+        masks: for each of them the masks with which they are read; none where the model's own code masks.
         rejected: faster ways that were tried, each with the reason against it.
     """
 
     name: str
     layers: tuple[str, ...]
+    masks: tuple[tuple[Mask, ...], ...]
     rejected: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -131,7 +133,8 @@ def choose_tier(
                 raise
             rejected[name] = _reason(error)
             continue
-        return Choice(tier, replacements, check, TierReport(name, _layer_kinds(tier), MappingProxyType(rejected)))
+        report = TierReport(name, _layer_kinds(tier), tier.shape.masks, MappingProxyType(rejected))
+        return Choice(tier, replacements, check, report)
     raise refusal(model, rejected)
 
 

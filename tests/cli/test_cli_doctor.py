@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tier_models import tier_model
 
 from pagedkv.attention.native import library
 from pagedkv.cli import main
@@ -38,6 +39,19 @@ def test_doctor_model_shows_the_self_check(capsys: pytest.CaptureFixture[str], t
     assert "passed" in found["self-check"]["found"]
     assert "norms and MLPs" in found["fused parts"]["found"]
     assert "bytes a token" in found["K/V"]["found"]
+    assert found["tier"]["found"].startswith("packed: ")
+    assert "judged by numbers" in found["self-check"]["reasons"][0]
+    assert "2 x K/V of 2 heads, K 8 and V 8 wide, group 0, read in place with causal mask" in found["layers"]["reasons"]
+
+
+def test_doctor_of_a_model_that_runs_dense_says_why_not_faster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tier_model("bloom").save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tier"]["found"].startswith("dense: ")
+    assert "AttentionInterface" in found["tier"]["reasons"][0]
+    assert main(["doctor", str(tmp_path), "--tier", "packed"]) == 1
+    assert "BloomForCausalLM: refused" in capsys.readouterr().out
 
 
 def test_doctor_model_that_is_not_there_ends_with_status_1_and_the_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
