@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pagedkv import checks
 from pagedkv.core import CacheStatistics, CheckLevel, KVCacheManager, Snapshot
 from pagedkv.core.guard import parse_check_level
+from pagedkv.core.transaction import Transaction
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
 from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
@@ -118,7 +119,9 @@ class Engine:
 
     An error in one request ends that request alone; where its logits were not finite, nobody finds any more what it has read or computed.
     When a whole step fails, ``step`` raises ``StepError`` and everything is as before it. A broken invariant that a check level finds is
-    raised from the call that met it, as ``InvariantError``; nothing is undone or repaired, and ``snapshot`` shows what was found.
+    raised from the call that met it, as ``InvariantError``; nothing is undone or repaired, and ``snapshot`` shows what was found. Whatever
+    else stops a command in the middle (an interrupt behind the forward pass, say) leaves something half done: every command raises
+    ``InvariantError`` from then on, and only looking at the engine and ``close`` are left.
 
     There is no thread and no lock in here. Who calls from several threads holds one lock around every call, ``step`` included, or hands
     commands over through a queue to the one thread that steps and empties the queue between two steps.
@@ -163,6 +166,7 @@ class Engine:
         self._peak_blocks = 0
         self._token_steps = self._slot_steps = 0
         self._closed = False
+        self._change = Transaction("the engine")
 
     # Questions.
 
@@ -170,6 +174,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether any request has not ended, or an ended one has not been delivered."""
         return self._scheduler.has_unfinished or bool(self._ready)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a command was stopped in the middle, so that all are refused from now on: close the engine, and make another."""
+        return self._change.depth > 0 or self._scheduler.is_broken
 
     @property
     def num_blocks_in_use(self) -> int:
@@ -227,8 +236,9 @@ class Engine:
     def check(self) -> None:
         """Verify every invariant of blocks, cached prefixes, tables and queues; O(everything).
 
-        Raises ``InvariantError`` naming a broken one.
+        Raises ``InvariantError`` naming a broken one, or because a command was stopped in the middle.
         """
+        self._change.check()
         self._manager.check()
         self._scheduler.check()
 
@@ -268,18 +278,20 @@ class Engine:
             InvalidRequestError: the request cannot be served; nothing was changed. ``RequestTooLargeError`` if it could never fit.
             ClosedError: after ``close``.
         """
-        self._check_open()
+        self._check_ready()
         checks.text("request id", request_id, error=InvalidRequestError)
         checks.flag("stream", stream, error=InvalidRequestError)
         params = SamplingParams() if params is None else params
         parsed = self._parse(prompt, params)
         request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
-        self._scheduler.submit(request)
-        record = self._scheduler.record(request_id)
-        if record is None:
-            raise InvalidRequestError(f"request id {request_id!r} was not taken")
-        self._num_requests += 1
-        self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
+        with self._change:
+            try:
+                record = self._scheduler.submit(request)
+            except InvalidRequestError:  # before it changes anything
+                self._change.depth = 0
+                raise
+            self._num_requests += 1
+            self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
 
     def check_request(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
@@ -294,9 +306,12 @@ class Engine:
         Returns:
             False when no such request is alive: unknown, or ended already (a no-op).
         """
-        aborted = self._scheduler.abort(request_id)
-        self._deliver({})
-        return aborted
+        self._change.check()
+        request_id = checks.text("request id", request_id, error=InvalidRequestError)
+        with self._change:
+            aborted = self._scheduler.abort(request_id)
+            self._deliver({})
+            return aborted
 
     def preempt(self, request_id: str) -> bool:
         """Take a running request's blocks away now; it waits and is computed again later, to the same tokens.
@@ -304,6 +319,7 @@ class Engine:
         Returns:
             False when no such request is running (a no-op).
         """
+        self._change.check()
         return self._scheduler.preempt(request_id)
 
     def step(self) -> list[RequestOutput]:
@@ -316,13 +332,19 @@ class Engine:
             StepError: the pass as a whole failed (out of memory, say) and was undone; the cause is chained. Try again, or abort something.
             ClosedError: after ``close``.
         """
-        self._check_open()
-        plan = self._scheduler.plan()
-        if plan is not None:
-            self._run(plan)
-        self._deliver({})
-        ready, self._ready = self._ready, []
-        return ready
+        self._check_ready()
+        try:
+            plan = self._scheduler.plan()
+            sampled = None if plan is None else self._compute(plan)
+            with self._change:
+                if plan is not None and sampled is not None:
+                    self._book(plan, sampled)
+                self._deliver({})
+                ready, self._ready = self._ready, []
+                return ready
+        except BaseException:
+            self._undo()
+            raise
 
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
@@ -350,10 +372,11 @@ class Engine:
 
     # How it is done.
 
-    def _run(self, plan: StepPlan) -> None:
+    def _compute(self, plan: StepPlan) -> SampledTokens:
+        """Run the forward pass and draw the tokens; nothing of it counts before it is booked."""
         try:
             with torch.no_grad():
-                self._seating.assign(self._scheduler.take_assignments(), self._responses)
+                self._seating.assign(self._scheduler, self._responses)
                 batch = self._batches.build(plan)
                 self._storage.copy_blocks(plan.copies)
                 if self._poison is not None:
@@ -361,15 +384,21 @@ class Engine:
                 logits = self._runner.forward(batch, self._storage)
                 sampled = self._sample(plan, logits)
                 self._book_prompt_logits(plan, logits)
+                return sampled
         except PagedKVError:
-            self._scheduler.undo(plan)
             raise
         except Exception as error:
-            self._scheduler.undo(plan)
             raise StepError(f"step {plan.step} with {plan.num_tokens} tokens of {plan.num_seqs} sequences failed: {error}") from error
-        except BaseException:  # an interrupt from the keyboard: whoever survives it goes on from here
+
+    def _undo(self) -> None:
+        """Take back a plan that was not completed: whatever stopped the step, an interrupt from the keyboard too, all is as before it."""
+        plan = self._scheduler.outstanding
+        if plan is not None:
             self._scheduler.undo(plan)
-            raise
+            self._change.depth = 0  # what was entered had changed nothing
+
+    def _book(self, plan: StepPlan, sampled: SampledTokens) -> None:
+        """Make a step count, and hand on what it brought."""
         rows = plan.rows[plan.sampling_seqs]
         self._scheduler.complete(plan, sampled.token_ids.astype(np.int32))
         self._num_steps += 1
@@ -485,6 +514,11 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine is closed")
+
+    def _check_ready(self) -> None:
+        """Raise ``ClosedError`` or, when a command was stopped in the middle, ``InvariantError``."""
+        self._check_open()
+        self._change.check()
 
 
 def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:

@@ -5,7 +5,7 @@ Owns the rows' owners and their registration with the sampler. Does not own rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from pagedkv.models import ModelRunner, build_processors, split_options
 from pagedkv.plan import BoolArray
 from pagedkv.responses import Response
 from pagedkv.sampling import Sampler, SamplingParams, encode_bad_words
-from pagedkv.scheduling import Assignment
+from pagedkv.scheduling import Assignment, Scheduler
 
 _UINT64 = 2**64
 
@@ -40,7 +40,6 @@ class Seating:
         self._tokenizer = tokenizer
         self._seed = seed
         self._owners: dict[int, tuple[Response, int]] = {}
-        self._pending: list[Assignment] = []
         self._watched = np.zeros(num_rows, dtype=np.bool_)
 
     @property
@@ -60,14 +59,13 @@ class Seating:
         if beyond:
             raise InvalidRequestError(f"bad_words has token {beyond[0]}, the model's vocabulary ends at {self._runner.vocab_size - 1}")
 
-    def assign(self, assignments: Iterable[Assignment], responses: Mapping[str, Response]) -> None:
-        """Register rows that changed hands; should one fail, it and those behind it are tried again with the next call."""
-        self._pending.extend(assignments)
-        while self._pending:
-            response = responses.get(self._pending[0].request_id)
+    def assign(self, scheduler: Scheduler, responses: Mapping[str, Response]) -> None:
+        """Register the rows that changed hands, and take them from the scheduler; if one fails, the next call tries all again."""
+        for assignment in scheduler.assignments:
+            response = responses.get(assignment.request_id)
             if response is not None:
-                self._register(response, self._pending[0])
-            del self._pending[0]
+                self._register(response, assignment)
+        scheduler.take_assignments()
 
     def clear(self) -> None:
         """Forget all owners."""
@@ -75,7 +73,7 @@ class Seating:
 
     def _register(self, response: Response, assignment: Assignment) -> None:
         request, params, row = response.record.request, response.params, assignment.row
-        if self._owners.pop(row, None) is not None:
+        if self._sampler.is_registered(row):
             self._sampler.remove(row)
         plain, warping = split_options(params.generation_kwargs)
         self._sampler.add(

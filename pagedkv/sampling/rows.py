@@ -65,6 +65,9 @@ class RowTable:
     def __len__(self) -> int:
         return int((self.flags != EMPTY).sum())
 
+    def __contains__(self, row: int) -> bool:
+        return 0 <= row < len(self.flags) and bool(self.flags[row] != EMPTY)
+
     def put(self, row: int, params: SamplingParams, extras: RowExtras, *, num_prompt_tokens: int, stream_of: tuple[int, int]) -> None:
         """Register a row that is empty. Raises `InvalidRequestError` when it is not."""
         self._reserve(row)

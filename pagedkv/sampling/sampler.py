@@ -87,6 +87,10 @@ class Sampler:
         """Rows registered now."""
         return len(self._table)
 
+    def is_registered(self, row: int) -> bool:
+        """Whether a row has been added and not been removed since."""
+        return row in self._table
+
     def add(
         self,
         row: int,

@@ -134,6 +134,21 @@ class Scheduler:
         """Whether any request has not ended."""
         return bool(self._records)
 
+    @property
+    def outstanding(self) -> StepPlan | None:
+        """The plan that has been neither completed nor undone yet."""
+        return self._outstanding
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        """What ``take_assignments`` would return."""
+        return tuple(self._assignments)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a command was stopped in the middle, here or in the manager, so that all are refused from now on."""
+        return self._change.depth > 0 or self._manager_change.depth > 0
+
     def record(self, request_id: str) -> RequestRecord | None:
         """The books on a request, alive or among the last ended; to read, never to write."""
         request_id = _as_id(request_id)
@@ -183,8 +198,11 @@ class Scheduler:
 
     # Commands.
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request) -> RequestRecord:
         """Queue a request.
+
+        Returns:
+            the books on it; to read, never to write.
 
         Raises:
             DuplicateRequestError: a request of this id has not ended.
@@ -202,6 +220,7 @@ class Scheduler:
             self._arrivals += 1
             self._records[request.request_id] = record
             self._waiting.push(trunk)
+            return record
 
     def plan(self) -> StepPlan | None:
         """Decide the next step and reserve its slots; None when nothing is left to do.

@@ -14,6 +14,7 @@ all the places at which the work can fail have failed by then.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,15 +100,15 @@ def failing_lines(packages: tuple[ModuleType, ...], fault: Fault) -> Iterator[Fa
     next one. What runs already when the ``with`` begins is not traced. Cost: about a microsecond a line.
 
     Args:
-        packages: imported packages or modules; all that lies in their folders counts.
+        packages: imported packages, of which all that lies in their folders counts, and modules, which count alone.
         fault: counts on through several uses.
     """
-    folders = tuple(str(Path(package.__file__ or "").parent) for package in packages)
+    places = tuple(_place(package) for package in packages)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
             fault.event((frame.f_code.co_filename, frame.f_lineno))
-        elif event == "call" and not frame.f_code.co_filename.startswith(folders):
+        elif event == "call" and not frame.f_code.co_filename.startswith(places):
             return None
         return trace
 
@@ -117,6 +118,11 @@ def failing_lines(packages: tuple[ModuleType, ...], fault: Fault) -> Iterator[Fa
         yield fault
     finally:
         sys.settrace(before)
+
+
+def _place(package: ModuleType) -> str:
+    file = Path(package.__file__ or "")
+    return f"{file.parent}{os.sep}" if file.name == "__init__.py" else str(file)
 
 
 def fault_loop(work: Callable[[Fault], _Result], *, persistent: bool = False, most: int = 100_000) -> Iterator[_Result | BaseException]:

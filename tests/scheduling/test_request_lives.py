@@ -337,7 +337,10 @@ def test_ended_branches_and_assignments_are_handed_out_once() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "a", 3, 1)
     run(scheduler)
-    assert [(each.request_id, each.index) for each in scheduler.take_assignments()] == [("a", 0)]
+    shown = scheduler.assignments
+    assert [(each.request_id, each.index) for each in shown] == [("a", 0)]
+    assert scheduler.take_assignments() == list(shown)
+    assert scheduler.assignments == ()
     assert scheduler.take_assignments() == []
     assert ended(scheduler) == [("a", 0, "length")]
     assert ended(scheduler) == []

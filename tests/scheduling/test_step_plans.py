@@ -245,6 +245,7 @@ def test_plan_in_which_the_eviction_policy_fails_breaks_the_manager_and_says_so(
     with pytest.raises(RuntimeError, match="not today"):
         scheduler.plan()
     policies[0].fails = False  # nobody knows what it has done before it failed
+    assert scheduler.is_broken
     for refused in (
         manager.check,
         scheduler.check,
@@ -255,6 +256,18 @@ def test_plan_in_which_the_eviction_policy_fails_breaks_the_manager_and_says_so(
     ):
         with pytest.raises(InvariantError, match="the manager was stopped in the middle of a command"):
             refused()
+
+
+def test_plan_is_outstanding_until_it_is_completed_or_undone() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", 3, 6)
+    assert scheduler.outstanding is None
+    for end in (scheduler.undo, lambda plan: complete(scheduler, plan, token=1)):
+        plan = plan_of(scheduler)
+        assert scheduler.outstanding is plan
+        end(plan)
+        assert scheduler.outstanding is None
+    assert not scheduler.is_broken
 
 
 def test_steady_step_with_a_token_that_is_refused_stays_outstanding() -> None:
