@@ -7,13 +7,14 @@ model it is transformers' own cache, with zeros where that one holds the K and V
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pagedkv.core import KVCacheManager
-from pagedkv.errors import InvalidRequestError
+from pagedkv.errors import InvalidRequestError, UnsupportedModelError
 from pagedkv.generation.rows import Growth
 from pagedkv.plan import Int64Array
 from pagedkv.storage import LayerPool
@@ -44,7 +45,8 @@ class DenseForward:
         self._tables = self._block_tables(manager)
         self._gathered = self._places(device) if num_past_columns else None
         self._block_rows: dict[tuple[int, int], Tensor] = {}
-        self.written: set[int] = set()
+        self._written: set[int] = set()
+        self.arguments: dict[str, Any] | None = None  # the model gets the caller's
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Store the new K and V of a layer and return all of its columns.
@@ -63,10 +65,10 @@ class DenseForward:
         Cost: with a past, one copy of all columns of the layer, as transformers' cache makes.
         """
         place = self._index.get(layer)
-        if place is None or layer in self.written:
-            problem = "twice in one forward" if layer in self.written else "and did not when the model was tried"
+        if place is None or layer in self._written:
+            problem = "twice in one forward" if layer in self._written else "and did not when the model was tried"
             raise InvalidRequestError(f"layer {layer} stores K and V {problem}")
-        self.written.add(layer)
+        self._written.add(layer)
         pool = self._pools[place]
         if len(self._rows):
             new_key, new_value = key[self._rows, :, self._columns], value[self._rows, :, self._columns]
@@ -75,9 +77,21 @@ class DenseForward:
             return key, value
         if self._gathered is None:
             return self._whole_blocks(pool)
-        blocks, offsets = self._gathered
-        columns = pool.key.transpose(1, 2)[blocks, offsets], pool.value.transpose(1, 2)[blocks, offsets]
-        return columns[0].transpose(1, 2), columns[1].transpose(1, 2)
+        return pool.gather_slots(*self._gathered)
+
+    def finish(self, output: Any) -> Any:
+        """The model's output as it is.
+
+        Raises:
+            UnsupportedModelError: not every layer was stored.
+        """
+        missing = len(self._index) - len(self._written)
+        if missing:
+            raise UnsupportedModelError(f"{missing} of {len(self._index)} layers that store K and V stored none in this forward")
+        return output
+
+    def abandon(self) -> None:
+        """Nothing was changed outside."""
 
     def _slots(self, manager: KVCacheManager, device: torch.device) -> tuple[Tensor, Tensor]:
         extension = self._growth.extension
@@ -89,7 +103,7 @@ class DenseForward:
         """``[U, M]`` block ids of each sequence; the null block where there is none."""
         growth = self._growth
         opened = growth.seqs.nonzero()[0]
-        columns = -(-int(growth.lengths.max()) // self._size)
+        columns = max(1, -(-int(growth.lengths.max()) // self._size))
         tables = np.zeros((len(growth.seqs), columns), dtype=np.int64)
         if len(opened):
             tables[opened] = manager.table.block_tables[0, manager.rows_of(growth.seqs[opened]), :columns]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 from weakref import WeakMethod, finalize
 
 import torch
@@ -20,15 +20,22 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from pagedkv.checks import integer
+from pagedkv.checks import integer, shown
 from pagedkv.core import CheckLevel, KVCacheManager
-from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, StepError, UnsupportedModelError
+from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, StepError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.generation.call import ForwardReader
 from pagedkv.generation.dense import DenseForward
+from pagedkv.generation.packed import PackedForward, PackedReading
 from pagedkv.generation.rows import Growth, NewColumns, Rows
+from pagedkv.models import ModelRunner
 from pagedkv.models.memory import free_memory
+from pagedkv.models.replacements import Wanted
+from pagedkv.models.tiers import TierName
 from pagedkv.sizing import blocks_in_memory
 from pagedkv.storage import KVStorage
+
+if TYPE_CHECKING:
+    from pagedkv.generation.trial import Reference
 
 _DEFAULT_TOKENS = 16_384
 _DEFAULT_SHARE = 0.25  # of the free memory, at most
@@ -40,7 +47,7 @@ class _Running:
 
     rows: Rows
     growth: Growth
-    reader: DenseForward
+    forward: DenseForward | PackedForward
     thread: int
 
 
@@ -55,6 +62,12 @@ class CachePool:
             memory that is free.
         block_size: tokens in a block.
         max_num_seqs: different sequences at once, over all caches; rows that are the same count once.
+        tier: ``"packed"``: attention reads blocks in place, padding is not computed, and rows that are the same are computed once.
+            ``"dense"``: the model's own attention over gathered blocks, which every model with a plain cache allows. ``"auto"``: packed
+            where the model allows it; a forward that asks for more than logits (attentions, hidden states), or whose input is
+            more than tokens at their places, is dense in any case.
+        pack_linears: as for ``ModelRunner``; used in packed forwards.
+        fuse: likewise.
         check: what the bookkeeping verifies after every command, as for ``KVCacheManager``.
 
     Raises:
@@ -62,7 +75,11 @@ class CachePool:
         ConfigError: a size that cannot work.
         PoolAllocationError: the device refused the memory.
 
-    Cost: six short forwards, which learn what the layers store and compare with transformers' own cache.
+    Attributes:
+        tier_reason: why forwards are not packed, where that was tried.
+
+    Cost: eight short forwards, which learn what the layers store and compare with transformers' own cache; for the packed tier, those of
+    a ``ModelRunner`` as well.
     """
 
     def __init__(
@@ -73,10 +90,15 @@ class CachePool:
         kv_cache_memory_bytes: int | None = None,
         block_size: int = 16,
         max_num_seqs: int = 256,
+        tier: TierName = "auto",
+        pack_linears: Wanted = "auto",
+        fuse: Wanted = "auto",
         check: CheckLevel = "off",
     ) -> None:
-        from pagedkv.generation.trial import compare, run_reference, trial_blocks  # they run a cache over this pool
+        from pagedkv.generation.trial import run_reference, trial_blocks  # it runs a cache over this pool
 
+        if tier not in get_args(TierName):
+            raise ConfigError(f"tier is {shown(tier)}: it must be one of {', '.join(get_args(TierName))}")
         integer("block_size", block_size, least=1, most=2**31 - 1)
         reference = run_reference(model)
         nbytes_per_block = block_size * sum(layer.nbytes_per_token(reference.dtype) for layer in reference.layers)
@@ -85,6 +107,8 @@ class CachePool:
         self._layers, self._dtype = reference.layers, reference.dtype
         self._index = {layer: place for place, layer in enumerate(reference.layer_ids)}
         self._reader = ForwardReader(model)
+        self._packed: PackedReading | None = None
+        self.tier_reason: str | None = None
         self._lock = threading.RLock()
         self._running: _Running | None = None
         self._seats: dict[int, Rows] = {}
@@ -102,7 +126,7 @@ class CachePool:
         )
         try:
             self._lay_out(trial_blocks(block_size), block_size=block_size, max_num_seqs=len(reference.logits[0]), check=check)
-            compare(self, reference)
+            self._prove(reference, tier=tier, block_size=block_size, pack_linears=pack_linears, fuse=fuse)
             self._storage.close()
             self._lay_out(size, block_size=block_size, max_num_seqs=max_num_seqs, check=check)
         except BaseException:
@@ -113,6 +137,38 @@ class CachePool:
         self._manager = KVCacheManager(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, check=check)
         self._storage = KVStorage(self._layers, num_blocks=num_blocks, block_size=block_size, dtype=self._dtype, device=self._model.device)
         self._peak = 0
+
+    def _prove(self, reference: Reference, *, tier: TierName, block_size: int, pack_linears: Wanted, fuse: Wanted) -> None:
+        """Find out how the model can be run right, the faster way last; its runner's own self-check judges that, too."""
+        from pagedkv.generation.trial import compare  # it runs a cache over this pool
+
+        compare(self, reference)
+        if tier == "dense":
+            return
+        try:
+            runner = ModelRunner(self._model, block_size=block_size, tier="packed", pack_linears=pack_linears, fuse=fuse)
+        except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
+            setting = isinstance(error, ConfigError) and not isinstance(error, UnsupportedModelError | UnsupportedBackendError)
+            if tier == "packed" or setting:
+                raise
+            self.tier_reason = str(error)
+            return
+        self._packed = PackedReading(runner, self._reader)
+        try:
+            if runner.max_positions_reason is not None:
+                raise UnsupportedModelError(f"packed, it would not compute what generate() does: {runner.max_positions_reason}")
+            compare(self, reference)
+        except UnsupportedModelError as error:
+            self._packed = None
+            runner.close()
+            if tier == "packed":
+                raise
+            self.tier_reason = str(error)
+
+    @property
+    def tier(self) -> str:
+        """``"packed"`` or ``"dense"``: how forwards run that ask for no more than logits."""
+        return "dense" if self._packed is None else "packed"
 
     # Questions.
 
@@ -242,42 +298,44 @@ class CachePool:
             raise InvalidRequestError(
                 f"this cache is for forwards of one {type(self._model).__name__}, as a whole: it was given to another model or to a part"
             )
-        return running.reader.update(key, value, layer)
+        return running.forward.update(key, value, layer)
 
     # The hooks.
 
-    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._end_stale()
         arguments = self._reader.named(args, kwargs)
         rows = getattr(arguments.get("past_key_values"), "_rows", None)
         if not isinstance(rows, Rows) or not rows.belongs_to(self._manager) or module is not self._model:
-            return
+            return None
         self._check_idle(rows)
         self._lock.acquire()
         try:
             self._check_seat(rows)
             self._reap()
-            self._running = self._begin(rows, arguments)
+            running = self._running = self._begin(rows, arguments)
         except BaseException:
             self._lock.release()
             raise
+        return None if running.forward.arguments is None else ((), running.forward.arguments)
 
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         running = self._running
         if running is None or running.thread != threading.get_ident() or module is not self._model:
             return None
+        if output is None:
+            return self._end_stale()  # an exception ended the forward
         try:
-            missing = len(self._index) - len(running.reader.written)
-            if output is None or missing:
-                running.rows.cancel(running.growth)
-            else:
-                running.rows.commit(running.growth)
+            output = running.forward.finish(output)
+            running.rows.commit(running.growth)
+        except BaseException:
+            running.rows.cancel(running.growth)
+            raise
         finally:
             self._running = None
             self._lock.release()
-        if output is not None and missing:
-            name = type(self._model).__name__
-            raise UnsupportedModelError(f"{name} left {missing} of {len(self._index)} layers of the cache as they were")
         return output
 
     def _begin(self, rows: Rows, arguments: dict[str, Any]) -> _Running:
@@ -286,18 +344,26 @@ class CachePool:
             raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
         past = rows.num_columns
         call = self._reader.read(arguments, past)
-        rows.see(call.num_rows, call.old_seen)
-        counts = call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions)
-        growth = rows.grow(NewColumns(call.new_seen, call.token_ids if counts else None, may_skip=True))
+        holes = rows.see(call.num_rows, call.old_seen)
+        if not call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions):
+            call.token_ids = None
+        packed = self._packed if self._packed is not None and not holes and self._packed.can_run(call, rows) else None
+        # What is cached need not be computed, unless its logits are wanted. The dense way computes it in any case.
+        may_skip = packed is None or call.wanted_columns.tolist() == [call.num_new_columns - 1]
+        growth = rows.grow(NewColumns(call.new_seen, call.token_ids, may_skip=may_skip))
         try:
             self._peak = max(self._peak, self._manager.num_usable_blocks - self._manager.num_available_blocks)
             if growth.extension is not None:
                 self._storage.copy_blocks(growth.extension.copies)
-            reader = DenseForward(growth, self._manager, self._storage.layers, self._index, num_past_columns=past)
+            forward: DenseForward | PackedForward
+            if packed is not None:
+                forward = packed.begin(call, growth, self._manager, self._storage)
+            else:
+                forward = DenseForward(growth, self._manager, self._storage.layers, self._index, num_past_columns=past)
         except BaseException:
             rows.cancel(growth)
             raise
-        return _Running(rows, growth, reader, threading.get_ident())
+        return _Running(rows, growth, forward, threading.get_ident())
 
     # How it is done.
 
@@ -309,11 +375,12 @@ class CachePool:
             yield
 
     def _end_stale(self) -> None:
-        """Take back a forward of this thread that an interrupt ended: torch calls no hook then."""
+        """Take back a forward of this thread that failed. After an interrupt this comes late, since torch calls no hook then."""
         running = self._running
         if running is not None and running.thread == threading.get_ident():
             self._running = None
             try:
+                running.forward.abandon()
                 running.rows.cancel(running.growth)
             finally:
                 self._lock.release()

@@ -115,6 +115,15 @@ class Rows:
         """``[R]`` int64 tokens stored for each row, of a batch that is or will be ``num_rows`` high."""
         return self._lengths[self._owner] if self.num_rows else np.zeros(num_rows, dtype=np.int64)
 
+    def has_gaps(self, seen: BoolArray) -> bool:
+        """Whether a row has padding between its tokens once the new columns ``[R, Q]`` are there."""
+        if seen.all() and self._stored.all():
+            return False
+        stored = np.concatenate([self._stored[self._owner], seen], axis=1) if self.num_rows else seen
+        after_first = np.logical_or.accumulate(stored, axis=1)
+        before_last = np.logical_or.accumulate(stored[:, ::-1], axis=1)[:, ::-1]
+        return bool((after_first & before_last & ~stored).any())
+
     def see(self, num_rows: int, seen: BoolArray | None) -> bool:
         """Hold the columns so far against what the attention mask shows of them.
 

@@ -6,11 +6,13 @@ layers attend with, found once and kept from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from pagedkv.attention import AttentionBackend, AttentionSpec, get_backend
 from pagedkv.errors import UnsupportedBackendError, UnsupportedModelError
@@ -72,6 +74,16 @@ class PackedTier:
 
     def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
         """Logits ``[K, V]`` of one step; see ``Tier.forward``. Cost: one forward; our own part is about 25 us a layer and 100 a step."""
+        with self.step(batch, pools) as cache:
+            return self._call(batch.token_ids[None], batch.positions[None], cache=cache, columns=batch.logits_indices)[0]
+
+    @contextmanager
+    def step(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Iterator[Cache]:
+        """One step as a ``with`` block, within which somebody else calls the model on the packed tokens, over the cache that comes with it.
+
+        Raises:
+            UnsupportedModelError: at the end of the block, when not every layer was stored and read.
+        """
         step = PagedStep(
             pools=pools,
             index=self._index,
@@ -83,13 +95,12 @@ class PackedTier:
             gathered=self.shape.gathered,
         )
         with pointed_at_us(self._configs), self._replacements.in_place(), activate(step):
-            logits = self._call(batch.token_ids[None], batch.positions[None], cache=CacheFacade(step), columns=batch.logits_indices)[0]
+            yield CacheFacade(step)
         if not step.complete:
             raise UnsupportedModelError(
                 f"{type(self._call.model).__name__} stored K/V in {len(step.written)} and read it in {len(step.attended)} of its "
                 f"{len(self._index)} layers: was its attention implementation changed during the step?"
             )
-        return logits
 
 
 def _check_backend(backend: AttentionBackend, specs: Sequence[AttentionSpec], dtype: torch.dtype) -> None:

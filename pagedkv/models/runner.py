@@ -6,17 +6,19 @@ owns no storage: pools are made here on request and belong to the caller. Outsid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import integer
 from pagedkv.errors import ClosedError, ConfigError, UnsupportedModelError
 from pagedkv.models.fusion import FusionReport
 from pagedkv.models.limits import eos_token_ids, num_token_ids
+from pagedkv.models.packed import PackedTier
 from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.positions import RotaryEmbeddings
 from pagedkv.models.refusals import check_model
@@ -165,6 +167,24 @@ class ModelRunner:
         self._check_storage(storage)
         with self._rotaries.pinned():
             return self._tier.forward(batch, storage.layers)[:, : self.vocab_size].float()
+
+    @contextmanager
+    def step(self, batch: StepBatch, storage: KVStorage) -> Iterator[Cache]:
+        """One step of a packed model as a ``with`` block, within which the caller calls the model.
+
+        The call has ``batch.token_ids[None]`` as tokens, ``batch.positions[None]`` as positions, no mask, and the cache that comes with
+        the block. Arguments and errors as for ``forward``, and:
+
+        Raises:
+            ConfigError: the model is not of the packed tier.
+            UnsupportedModelError: at the end of the block, when not every layer was stored and read.
+        """
+        self._check_open()
+        self._check_storage(storage)
+        if not isinstance(self._tier, PackedTier):
+            raise ConfigError(f"the model runs in tier {self.tier.name!r}: only a packed one can be called by others within a step")
+        with self._rotaries.pinned(), self._tier.step(batch, storage.layers) as cache:
+            yield cache
 
     def close(self) -> None:
         """End the use of the model, which is as it was, and free packed weights. May be called again; ``forward`` raises afterwards."""

@@ -10,6 +10,8 @@ import torch
 from generation_support import NAMES, compare, prompts, small_model
 
 from pagedkv import CachePool
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.tiers import TierName
 
 BATCH = {
     "greedy": {},
@@ -21,42 +23,56 @@ BATCH = {
     "prefill in chunks": {"prefill_chunk_size": 3},
     "beams, prefill in chunks": {"prefill_chunk_size": 4, "num_beams": 4},
 }
-EARLY = ("llama", "gemma2", "gpt2", "bloom", "deepseek_v3")  # one of each kind; the others are in the long sweep
+DENSE = ("falcon_alibi", "bloom", "gptj", "mpt")  # their code does not call attention through transformers' interface
+EARLY = {"packed": ("llama", "gemma2", "deepseek_v3"), "dense": ("gpt2", "bloom")}  # the others are in the long sweep
+FEW = {"packed": ("gemma2",), "dense": ("bloom",)}
 
 
-def models(mode: str) -> list[Any]:
-    always = EARLY if mode in ("greedy", "beams", "assisted") else ("gemma2", "bloom")
-    return [pytest.param(name, marks=() if name in always else pytest.mark.slow) for name in NAMES]
-
-
-def cases() -> list[Any]:
-    return [pytest.param(mode, *each.values, id=f"{mode}-{each.values[0]}", marks=each.marks) for mode in BATCH for each in models(mode)]
+def cases(*modes: str, often: tuple[str, ...] = ()) -> list[Any]:
+    return [
+        pytest.param(mode, name, tier, marks=() if name in (EARLY if mode in often else FEW)[tier] else pytest.mark.slow)
+        for mode in modes
+        for name in NAMES
+        for tier in ("packed", "dense")
+        if tier == "dense" or name not in DENSE
+    ]
 
 
 @pytest.fixture(scope="module")
 def pool_of() -> Any:
-    pools: dict[str, CachePool] = {}
+    pools: dict[tuple[str, TierName], CachePool] = {}
 
-    def make(name: str) -> CachePool:
-        if name not in pools:
-            pools[name] = CachePool(small_model(name), num_blocks=120, block_size=4, check="audit")
-        return pools[name]
+    def make(name: str, tier: TierName) -> CachePool:
+        if (name, tier) not in pools:
+            pools[name, tier] = CachePool(small_model(name), num_blocks=120, block_size=4, tier=tier, check="step")
+        return pools[name, tier]
 
     yield make
     for pool in pools.values():
         pool.close()
 
 
-@pytest.mark.parametrize(("mode", "name"), cases())
-def test_generate_over_blocks_gives_the_same_tokens(mode: str, name: str, pool_of: Callable[[str], CachePool]) -> None:
+@pytest.mark.parametrize(("mode", "name", "tier"), cases(*BATCH, often=("greedy", "beams")))
+def test_generate_over_blocks_gives_the_same_tokens(mode: str, name: str, tier: TierName, pool_of: Callable[..., CachePool]) -> None:
     tokens, mask = prompts(3, 11, seed=5, padding=(4, 1))
-    compare(pool_of(name), tokens, f"{mode} on {name}", attention_mask=mask, **BATCH[mode])
+    compare(pool_of(name, tier), tokens, f"{mode} on {name}, {tier}", attention_mask=mask, **BATCH[mode])
 
 
-@pytest.mark.parametrize("name", models("assisted"))
-@pytest.mark.parametrize("mode", ["prompt look-up", "draft model"])
-def test_assisted_generation_over_blocks_gives_the_same_tokens(mode: str, name: str, pool_of: Callable[[str], CachePool]) -> None:
-    pool = pool_of(name)
+@pytest.mark.parametrize("name", DENSE)
+def test_model_that_cannot_be_packed_is_dense_and_says_why(name: str) -> None:
+    model = small_model(name)
+    with CachePool(model, num_blocks=9) as pool:
+        assert pool.tier == "dense"
+        assert "AttentionInterface" in str(pool.tier_reason)
+    with pytest.raises(UnsupportedModelError, match="AttentionInterface"):
+        CachePool(model, tier="packed")
+
+
+@pytest.mark.parametrize(("mode", "name", "tier"), cases("prompt look-up", "draft model"))
+def test_assisted_generation_over_blocks_gives_the_same_tokens(
+    mode: str, name: str, tier: TierName, pool_of: Callable[..., CachePool]
+) -> None:
+    pool = pool_of(name, tier)
     tokens, mask = prompts(1, 11, seed=6)
     if mode == "draft model":
         draft = small_model(name)
