@@ -98,15 +98,26 @@ def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
     return randomised(tiny_config(name, **overrides), seed=seed)
 
 
-def randomised(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """A causal language model of any config with wide random weights, made as ``tiny_model`` makes them."""
-    from transformers import AutoModelForCausalLM
+def randomised(
+    config: PreTrainedConfig, *, seed: int = 0, attn_implementation: str | None = None, seq2seq: bool = False
+) -> PreTrainedModel:
+    """A language model of any config with wide random weights, made as ``tiny_model`` makes them.
+
+    Args:
+        config: of the model.
+        seed: of the weights.
+        attn_implementation: transformers' name of one; the model's own choice when not given, eager where there is a soft cap.
+        seq2seq: an encoder-decoder model instead of a causal one.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     # Some releases of transformers default to SDPA for models with a soft cap, and leave the cap out there.
-    options = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    chosen = "eager" if attn_implementation is None and getattr(config, "attn_logit_softcapping", None) else attn_implementation
+    options = {} if chosen is None else {"attn_implementation": chosen}
+    family = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = family.from_config(config, dtype=torch.float32, **options)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
