@@ -140,20 +140,17 @@ class Report:
             "notes": [],
         }
         facts = self._content["machine"]
-        print(f"# {title}\n\n{self._content['command']}  ({self._content['date']})")
-        print(", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, {})))
-        print(f"load average {self._content['load_average_before']}", flush=True)
+        self._text: list[str] = []
+        self._say(f"# {title}", "", f"{self._content['command']}  ({self._content['date']})")
+        self._say(", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, {})))
+        self._say(f"load average {self._content['load_average_before']}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print one table, in Markdown, columns aligned; the first column to the left, all others to the right."""
         cells = [[_cell(value) for value in row] for row in rows]
         widths = [max(len(line[index]) for line in [list(columns), *cells]) for index in range(len(columns))]
-        print(f"\n## {title}\n")
-        print(_line(columns, widths))
-        print("|" + "|".join("-" * (width + 2) if not index else "-" * (width + 1) + ":" for index, width in enumerate(widths)) + "|")
-        for row in cells:
-            print(_line(row, widths))
-        sys.stdout.flush()
+        rule = "|" + "|".join("-" * (width + 2) if not index else "-" * (width + 1) + ":" for index, width in enumerate(widths)) + "|"
+        self._say("", f"## {title}", "", _line(columns, widths), rule, *(_line(row, widths) for row in cells))
         self._content["tables"].append({"title": title, "columns": list(columns), "rows": cells})
 
     def figure(self, name: str, value: Figure) -> None:
@@ -162,8 +159,16 @@ class Report:
 
     def note(self, text: str) -> None:
         """Print a sentence that belongs to the figures, and keep it."""
-        print(f"\n{text}", flush=True)
+        self._say("", text)
         self._content["notes"].append(text)
+
+    def markdown(self) -> str:
+        """All that was printed so far."""
+        return "\n".join(self._text) + "\n"
+
+    def _say(self, *lines: str) -> None:
+        print("\n".join(lines), flush=True)
+        self._text += lines
 
     def finish(self) -> None:
         """Say how the machine was at the end and write the JSON file."""

@@ -155,3 +155,34 @@ def test_managers_quick_run_finds_nothing_in_ours_and_names_what_is_missing(tmp_
     assert figures["pagedkv, operations"] >= 500
     assert figures["vllm, outcome"].startswith("not tried: it did not run: ")
     assert str(tmp_path) not in figures["vllm, outcome"]
+
+
+@pytest.mark.slow
+def test_model_matrix_quick_run_judges_ours_and_continuous_batching(tmp_path: Path) -> None:
+    content = run("model_matrix.py", tmp_path, "--markdown", str(tmp_path / "matrix.md"))
+    figures = content["figures"]
+    assert figures["pagedkv, WRONG"] == 0
+    assert figures["pagedkv, right"] >= 4
+    assert figures["continuous batching, eager, right"] + figures["continuous batching, eager, WRONG"] > 0
+    assert figures["architectures tried"] == 6
+    assert "| llama " in (tmp_path / "matrix.md").read_text()
+
+
+def test_isolated_calls_that_hang_or_die_are_lost_and_the_others_answer(tmp_path: Path) -> None:
+    lines = [
+        "import sys; sys.path.insert(0, sys.argv[1])",
+        "from isolation import run_isolated",
+        "import isolated_calls",
+        "if __name__ == '__main__':",
+        "    answers = dict(run_isolated(isolated_calls.call, [('hang',), ('die',), ('answer',)], jobs=3, timeout_s=5.0))",
+        "    assert answers[0].reason.startswith('hangs'), answers",
+        "    assert answers[1].reason == 'dies (exit code 7)', answers",
+        "    assert answers[2] == 'answer', answers",
+    ]
+    (tmp_path / "isolated_calls.py").write_text(
+        "import os, time\ndef call(what):\n    if what == 'hang': time.sleep(60)\n    if what == 'die': os._exit(7)\n    return what\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, str(script), str(FOLDER)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,149 @@
+"""Every architecture that the installed transformers can build, in every mix of requests, against transformers' own generate.
+
+Each decoder of transformers' registry is shrunk until it runs in milliseconds and given wide random weights. Its greedy tokens over our
+engine (ragged prompts in chunks, prefix hits, forks, preemption; windows shorter than the prompts) are compared with ``generate`` of each
+prompt alone, and beside it those of transformers' continuous batching. Encoder-decoders are listed.
+
+Run it again for a new release of transformers: what is new there appears by itself, and what the general sizes do not fit is named under
+"not built", with what transformers said, for ``_OVERRIDES`` in ``pagedkv/testing/architectures.py``.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common import Report, arguments, without_paths
+from isolation import Lost, run_isolated
+from matrix_trials import (
+    FAILS,
+    INCONSISTENT,
+    NO_REFERENCE,
+    NOT_BUILT,
+    REFUSED,
+    RIGHT,
+    WRONG,
+    Verdict,
+    try_continuous_batching,
+    try_ours,
+    try_seq2seq,
+)
+
+from pagedkv.testing.architectures import decoder_architectures, encoder_decoder_architectures
+
+QUICK = ("bloom", "deepseek_v3", "gemma3_text", "llama", "mamba", "moshi")
+IMPLEMENTATIONS = ("sdpa", "eager")
+PRELOAD = ("matrix_trials", "transformers", "pagedkv.testing.parity")
+KINDS = (RIGHT, WRONG, FAILS, REFUSED, INCONSISTENT, NO_REFERENCE, NOT_BUILT)
+Verdicts = dict[str, Verdict]
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--only", help="these architectures, separated by commas")
+    parser.add_argument("--no-rivals", action="store_true", help="leave transformers' continuous batching out")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one trial may take")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the tables to this file")
+    options = parser.parse_args()
+    report = Report("Every architecture of this transformers: our engine and its own continuous batching against generate", options.json)
+    decoders, seq2seq = chosen(options)
+    ours = run_ours(decoders, options)
+    rivals = {} if options.no_rivals else run_rivals(ours, options)
+    listed = collect([(name, options.seed) for name in seq2seq], try_seq2seq, options)
+    write(report, ours, rivals, dict(zip(seq2seq, listed, strict=True)))
+    if options.markdown is not None:
+        options.markdown.write_text(report.markdown())
+    report.finish()
+    if any(verdict.kind == WRONG for verdict in ours.values()):
+        raise SystemExit("an architecture is silently wrong")
+
+
+def chosen(options: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The decoders and the encoder-decoders to try."""
+    decoders, seq2seq = decoder_architectures(), encoder_decoder_architectures()
+    if options.quick:
+        return QUICK, seq2seq[:1]
+    if options.only is None:
+        return decoders, seq2seq
+    names = options.only.split(",")
+    unknown = sorted(set(names) - set(decoders) - set(seq2seq))
+    if unknown:
+        raise SystemExit(f"transformers names no language model for {', '.join(unknown)}")
+    return tuple(name for name in names if name in decoders), tuple(name for name in names if name in seq2seq)
+
+
+def run_ours(decoders: Sequence[str], options: Namespace) -> Verdicts:
+    return dict(zip(decoders, collect([(name, options.seed) for name in decoders], try_ours, options), strict=True))
+
+
+def run_rivals(ours: Mapping[str, Verdict], options: Namespace) -> dict[str, Verdicts]:
+    """Continuous batching by implementation of attention, for every architecture whose ``generate`` gives something to compare with."""
+    names = [name for name, verdict in ours.items() if verdict.expected]
+    found: dict[str, Verdicts] = {}
+    for implementation in IMPLEMENTATIONS:
+        calls = [(name, options.seed, implementation, ours[name].expected) for name in names]
+        found[implementation] = dict(zip(names, collect(calls, try_continuous_batching, options), strict=True))
+    return found
+
+
+def collect(calls: Sequence[tuple[object, ...]], trial: object, options: Namespace) -> list[Verdict]:
+    """The verdicts in the order of the calls; progress is printed as they come."""
+    verdicts: dict[int, Verdict] = {}
+    for index, answer in run_isolated(trial, calls, jobs=options.jobs, timeout_s=options.timeout, preload=PRELOAD):  # type: ignore[arg-type]
+        verdict = Verdict(FAILS, answer.reason) if isinstance(answer, Lost) else answer
+        verdicts[index] = verdict
+        words = f": {verdict.detail}" if verdict.detail else ""
+        print(f"{len(verdicts)}/{len(calls)} {calls[index][0]} {verdict.kind} {verdict.tier}{without_paths(words)[:160]}", flush=True)
+    return [verdicts[index] for index in range(len(calls))]
+
+
+def write(report: Report, ours: Verdicts, rivals: Mapping[str, Verdicts], seq2seq: Verdicts) -> None:
+    columns = {"pagedkv": ours, **{f"continuous batching, {name}": verdicts for name, verdicts in rivals.items()}}
+    counts = {who: Counter(verdict.kind for verdict in verdicts.values()) for who, verdicts in columns.items()}
+    report.table("Decoders", ["", *columns], [[kind, *(counts[who][kind] for who in columns)] for kind in KINDS])
+    for who, count in counts.items():
+        for kind in KINDS:
+            report.figure(f"{who}, {kind}", count[kind])
+    tiers = Counter(verdict.tier for verdict in ours.values() if verdict.kind == RIGHT)
+    report.table("Right ones by tier", ["tier", "architectures"], sorted(tiers.items()))
+    report.figure("architectures tried", len(ours))
+    rows = [[name, _cell(verdict), *(_cell(found.get(name)) for found in rivals.values())] for name, verdict in ours.items()]
+    report.table("Each decoder", ["architecture", *columns], rows)
+    mixes = [(name, mix) for name, verdict in ours.items() if verdict.kind == RIGHT for mix in verdict.mixes]
+    report.table(
+        "What the right ones went through",
+        ["mix", "outputs compared", "preemptions", "tokens from prefix hits", "architectures with it"],
+        [
+            [
+                name,
+                sum(mix.num_outputs for _, mix in mixes if mix.name == name),
+                sum(mix.num_preemptions for _, mix in mixes if mix.name == name),
+                sum(mix.num_cached_tokens for _, mix in mixes if mix.name == name),
+                sum(mix.name == name for _, mix in mixes),
+            ]
+            for name in dict.fromkeys(mix.name for _, mix in mixes)
+        ],
+    )
+    report.table(
+        "Not right, and why",
+        ["architecture", "verdict", "reason"],
+        [[name, verdict.kind, without_paths(verdict.detail)] for name, verdict in ours.items() if verdict.kind != RIGHT],
+    )
+    report.table(
+        "Encoder-decoders",
+        ["architecture", "verdict", "reason"],
+        [[name, verdict.kind, without_paths(verdict.detail)] for name, verdict in seq2seq.items()],
+    )
+
+
+def _cell(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "-"
+    return f"{verdict.kind}, {verdict.tier}" if verdict.kind == RIGHT and verdict.tier else verdict.kind
+
+
+if __name__ == "__main__":
+    main()
