@@ -6,9 +6,13 @@ Owns the choice of the loader. It does not own GGUF conversion (``gguf.py``) nor
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pagedkv.checks import shown
@@ -40,7 +44,8 @@ def load_model(
 
     Raises:
         ConfigError: nothing of that name, an unknown dtype, or a loaded model that is of another dtype or elsewhere than asked.
-        UnsupportedModelError: transformers has no causal language model for it.
+        UnsupportedModelError: transformers has no causal language model for it, it needs code of its own, or its files do not hold the
+            weights that its config states.
 
     Cost: reads the weights; for a GGUF file see ``converted_folder``.
     """
@@ -51,12 +56,16 @@ def load_model(
         raise UnsupportedModelError(f"{type(model).__name__} is neither a name of a model nor a transformers PreTrainedModel")
     folder = _folder(model)
     target = as_device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if wanted is None else wanted)
-    except OSError as error:
-        raise ConfigError(f"model {os.fspath(model)!r} cannot be loaded: {error}") from error
-    except ValueError as error:
-        raise UnsupportedModelError(f"model {os.fspath(model)!r}: {error}") from error
+    with _refused(f"model {os.fspath(model)!r}"):
+        pair: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if wanted is None else wanted,
+            trust_remote_code=False,  # None asks on the terminal
+            ignore_mismatched_sizes=True,  # to name them
+            output_loading_info=True,
+        )
+    loaded, info = pair
+    _check_loaded(info, name=f"model {os.fspath(model)!r}")
     loaded.to(target)  # type: ignore[arg-type]
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded
@@ -91,7 +100,7 @@ def load_tokenizer(
     if not isinstance(tokenizer, str | os.PathLike):
         raise ConfigError(f"tokenizer is {shown(tokenizer)}: it must be a name, a folder, or a transformers tokenizer")
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_folder(tokenizer))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_folder(tokenizer), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer {os.fspath(tokenizer)!r} cannot be loaded: {error}") from error
     return loaded
@@ -102,13 +111,12 @@ def load_config(model: ModelName) -> PreTrainedConfig:
 
     Raises:
         ConfigError: nothing of that name.
+        UnsupportedModelError: transformers does not know the config, or finds it wrong.
     """
     if is_gguf(model):
         return gguf_config(model)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(os.fspath(model))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {os.fspath(model)!r} cannot be loaded: {error}") from error
+    with _refused(f"model {os.fspath(model)!r}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)
     return config
 
 
@@ -124,6 +132,32 @@ def parse_dtype(dtype: DtypeName) -> torch.dtype | None:
 
 def _folder(name: ModelName) -> str:
     return os.fspath(converted_folder(name)) if is_gguf(name) else os.fspath(name)
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Turn what transformers raises over files that it cannot use into errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be loaded: {error}") from error
+    except (ValueError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{name} needs code from its own repository, which is never run here: load it with "
+                "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) if you trust it, and pass the model"
+            ) from error
+        raise UnsupportedModelError(f"{name}: {error}") from error
+
+
+def _check_loaded(info: Mapping[str, Any], *, name: str) -> None:
+    """Raise ``UnsupportedModelError`` for weights that transformers had to invent: the config states other shapes than the files have."""
+    mismatched = {str(key): f"is {tuple(found)} and should be {tuple(stated)}" for key, found, stated in info["mismatched_keys"]}
+    missing = {str(key): "is missing" for key in info["missing_keys"]}
+    wrong = sorted((missing | mismatched).items())
+    if wrong:
+        shown = ", ".join(f"{key} {what}" for key, what in wrong[:3])
+        raise UnsupportedModelError(f"{name}: {len(wrong)} of the weights that its config states are not in its files: {shown}")
 
 
 def _as_asked(model: PreTrainedModel, *, dtype: torch.dtype | None, device: str | torch.device | None) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,3 +121,39 @@ def test_tiny_model_of_an_unknown_name_is_refused_and_seeds_repeat() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.lm_head.weight, same.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def _folder_with(folder: Path, **settings: object) -> Path:
+    """A tiny model whose config file says something else than its weights."""
+    tiny_model("llama").save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+LIES: list[tuple[dict[str, object], str]] = [
+    ({"num_hidden_layers": 3}, r"9 of the weights.*model\.layers\.2\.\S+ is missing"),
+    ({"num_key_value_heads": 4}, r"4 of the weights.*k_proj\.weight is \(16, 32\) and should be \(32, 32\)"),
+    ({"hidden_size": 64}, r"of the weights that its config states.*and should be"),
+    ({"vocab_size": 120}, r"2 of the weights.*lm_head\.weight is \(97, 32\) and should be \(120, 32\)"),
+    ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+    ({"head_dim": "wide"}, "head_dim"),
+    ({"model_type": "nonesuch"}, "nonesuch"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), LIES, ids=[next(iter(lie)) for lie, _ in LIES])
+def test_config_file_that_lies_about_the_weights_is_refused_by_name(settings: dict[str, object], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"(?s){tmp_path.name}.*{reason}"):
+        load_model(_folder_with(tmp_path, **settings))
+
+
+def test_model_with_code_in_its_repository_is_refused_and_the_code_not_run(tmp_path: Path) -> None:
+    own = {"AutoConfig": "configuration_mystery.MysteryConfig", "AutoModelForCausalLM": "modeling_mystery.MysteryForCausalLM"}
+    folder = _folder_with(tmp_path, model_type="mystery", auto_map=own)
+    for name in ("configuration_mystery", "modeling_mystery"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    for use in (load_model, plan_memory):
+        with pytest.raises(UnsupportedModelError, match=r"needs code from its own repository, which is never run here.*pass the model"):
+            use(folder)
+    assert not (folder / "ran").exists()
