@@ -284,6 +284,8 @@ class Engine:
         params = SamplingParams() if params is None else params
         parsed = self._parse(prompt, params)
         request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
+        if not self._scheduler.has_unfinished and self._runner.altered():
+            self.reset_prefix_cache()  # what the model computed before is not what it would compute now
         with self._change:
             try:
                 record = self._scheduler.submit(request)
@@ -349,6 +351,14 @@ class Engine:
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
         return self._manager.purge(checks.text("cache_salt", cache_salt, error=InvalidRequestError))
+
+    def reset_prefix_cache(self) -> int:
+        """Make all cached prefixes unfindable; returns how many blocks that were.
+
+        The engine does so itself where it sees that the model was altered while no request was alive: other weights, an adapter
+        switched, a hook added (see ``ModelRunner.altered``). For what it cannot see, or while requests are alive, this is the way.
+        """
+        return sum(self._manager.purge(name) for name in self._manager.namespaces)
 
     def fill_free_blocks(self, value: float = 0.0) -> int:
         """Overwrite the K/V of all blocks that hold nothing: zeros erase what requests left behind, NaN proves that nobody reads it.

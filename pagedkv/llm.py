@@ -22,7 +22,7 @@ from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
 from pagedkv.engine import Engine, EngineConfig, EngineStatistics, limit_reason, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
-from pagedkv.models import ModelRunner, TierName, load_model, load_tokenizer
+from pagedkv.models import AdaptedModel, ModelRunner, TierName, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
 from pagedkv.outputs import RequestOutput
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
@@ -83,7 +83,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | PreTrainedModel,
+        model: str | os.PathLike[str] | PreTrainedModel | AdaptedModel,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
         dtype: str | torch.dtype | None = None,
@@ -248,6 +248,10 @@ class LLM:
             )
             prompts.append({"prompt_token_ids": cast("list[int]", ids)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def reset_prefix_cache(self) -> int:
+        """Make all cached prefixes unfindable; returns how many blocks that were. For when: see ``Engine.reset_prefix_cache``."""
+        return 0 if self._engine is None else self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the pool's memory back and leave the model as it was; may be called again."""

@@ -66,6 +66,7 @@ EXPORTS = {
     "pagedkv.attention": {"AttendOptions", "AttentionBackend", "AttentionSpec", "Mask", "StepAttention", "get_backend"},
     "pagedkv.models": {
         "PROCESSOR_OPTIONS",
+        "AdaptedModel",
         "MemoryPlan",
         "ModelRunner",
         "PackingReport",

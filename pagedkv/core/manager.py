@@ -464,6 +464,11 @@ class KVCacheManager:
             for group, ids in zip(self._groups, self._pins.pop(pin), strict=True):
                 group.pool.release(ids[::-1])
 
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """Names under which prefixes may be found."""
+        return self._namespaces.names
+
     def purge(self, namespace: str = "") -> int:
         """Make everything that a namespace has published unfindable, for good; live sequences go on and publish no more.
 

@@ -240,6 +240,11 @@ class Namespaces:
     def __len__(self) -> int:
         return len(self._roots)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that have a root."""
+        return tuple(self._roots)
+
     def find(self, name: str) -> int | None:
         """The namespace's root, if it has one; changes nothing."""
         return self._roots.get(name)

@@ -1,7 +1,7 @@
 """Models inside of what adapter libraries wrap them in.
 
-Owns the unwrapping and the proof that nothing is lost by it: an adapter that lives in the model's own layers (LoRA and its kin) is run with
-them, one that adds to the input or the cache is not.
+Owns the unwrapping and the proof that nothing is lost by it: an adapter that lives in the model's own layers (LoRA and its kin) is run
+with them, one that adds to the input or the cache is not.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ class AdaptedModel(Protocol):
         """The model inside, with the adapters in its layers."""
 
 
-def unwrapped(model: PreTrainedModel | AdaptedModel) -> PreTrainedModel:
-    """The model inside of a wrapper, or the model itself where it is in none.
+def unwrapped(model: AdaptedModel) -> PreTrainedModel:
+    """The model inside of a wrapper.
 
     Raises:
         UnsupportedModelError: the wrapper computes something else than the model inside, so that leaving it out would be wrong.
 
-    Cost: for a wrapped model, two forwards of 5 tokens.
+    Cost: two forwards of 5 tokens.
     """
-    if isinstance(model, PreTrainedModel) or not isinstance(model, AdaptedModel):
-        return cast(PreTrainedModel, model)  # what else it may be is said where it is checked
     inside, name = model.get_base_model(), type(model).__name__
     if not isinstance(inside, PreTrainedModel):
         raise UnsupportedModelError(f"{name} wraps a {type(inside).__name__}, which is not a transformers PreTrainedModel")
@@ -50,7 +48,7 @@ def unwrapped(model: PreTrainedModel | AdaptedModel) -> PreTrainedModel:
         raise UnsupportedModelError(f"{name} cannot be compared with the {type(inside).__name__} that it wraps: {error}") from error
     if not same:
         raise UnsupportedModelError(
-            f"{name} computes something else than the {type(inside).__name__} that it wraps (a prompt or prefix in front of the tokens, for "
-            "example): only adapters within the model's layers are served"
+            f"{name} computes something else than the {type(inside).__name__} that it wraps (a prompt or prefix in front of the tokens, "
+            "for example): only adapters within the model's layers are served"
         )
     return inside

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedModelError
+from pagedkv.models.adapters import AdaptedModel, unwrapped
 from pagedkv.models.gguf import converted_folder, gguf_config, is_gguf
 from pagedkv.storage.storage import as_device
 
@@ -27,7 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def load_model(
-    model: ModelName | PreTrainedModel,
+    model: ModelName | PreTrainedModel | AdaptedModel,
     *,
     dtype: DtypeName = None,
     device: str | torch.device | None = None,
@@ -35,7 +36,8 @@ def load_model(
     """A model in evaluation mode, loaded if it is not yet.
 
     Args:
-        model: hub id, folder, ``.gguf`` file, or a loaded model, which is returned as it is.
+        model: hub id, folder, ``.gguf`` file, or a loaded model, which is returned as it is, or one in a wrapper (PEFT's),
+            which is unwrapped.
         dtype: of the weights: a torch dtype, its name, or None / ``"auto"`` for the checkpoint's own (float32 for GGUF).
         device: where to; None for ``"cuda"`` when there is one, else ``"cpu"``.
 
@@ -50,6 +52,8 @@ def load_model(
     Cost: reads the weights; for a GGUF file see ``converted_folder``.
     """
     wanted = parse_dtype(dtype)
+    if isinstance(model, AdaptedModel):
+        model = unwrapped(model)
     if isinstance(model, PreTrainedModel):
         return _as_asked(model, dtype=wanted, device=device)
     if not isinstance(model, (str, os.PathLike)):
@@ -57,15 +61,15 @@ def load_model(
     folder = _folder(model)
     target = as_device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _refused(f"model {os.fspath(model)!r}"):
-        pair: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if wanted is None else wanted,
             trust_remote_code=False,  # None asks on the terminal
             ignore_mismatched_sizes=True,  # to name them
             output_loading_info=True,
         )
-    loaded, info = pair
-    _check_loaded(info, name=f"model {os.fspath(model)!r}")
+    loaded: PreTrainedModel = pair[0]
+    _check_loaded(pair[1], name=f"model {os.fspath(model)!r}")
     loaded.to(target)  # type: ignore[arg-type]
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded
@@ -74,7 +78,7 @@ def load_model(
 def load_tokenizer(
     tokenizer: ModelName | PreTrainedTokenizerBase | None = None,
     *,
-    model: ModelName | PreTrainedModel,
+    model: ModelName | PreTrainedModel | AdaptedModel,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that goes with a model.
 
@@ -90,7 +94,7 @@ def load_tokenizer(
         ConfigError: nothing of that name.
     """
     if tokenizer is None:
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, PreTrainedModel | AdaptedModel):
             return None
         tokenizer = model
         if Path(tokenizer).is_dir() and not any((Path(tokenizer) / name).is_file() for name in _TOKENIZER_FILES):

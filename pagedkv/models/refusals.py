@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.adapters import AdaptedModel, unwrapped
 
 # Short probes do not reach the cases in which these are wrong, so they are named.
 _DENIED = {
@@ -21,11 +22,13 @@ _RECURRENT = ("linear", "conv", "mamba", "recurrent", "ssm", "rwkv")
 
 
 def check_model(model: object) -> PreTrainedModel:
-    """The same object, known to be a causal language model in evaluation mode on one device.
+    """The same object, or what it wraps, known to be a causal language model in evaluation mode on one device.
 
     Raises:
         UnsupportedModelError: names the model and the reason.
     """
+    if isinstance(model, AdaptedModel):
+        model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel (an unwrapped one is needed)")
     name = type(model).__name__

@@ -16,6 +16,8 @@ from transformers import Cache, PreTrainedModel
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import integer
 from pagedkv.errors import ClosedError, ConfigError, UnsupportedModelError
+from pagedkv.models.adapters import AdaptedModel
+from pagedkv.models.alterations import Alterations
 from pagedkv.models.fusion import FusionReport
 from pagedkv.models.limits import eos_token_ids, num_token_ids
 from pagedkv.models.packed import PackedTier
@@ -35,10 +37,10 @@ class ModelRunner:
     forward, for each way of running it until one passes. A model that passes none is refused, so that a wrong token is never served.
 
     Args:
-        model: a causal language model in evaluation mode on one device. It is not changed; its attention implementation
-            is switched, and packed layers are put in place, only while ``forward`` runs, and ordinary calls of the model in
-            between (also from other threads) compute what they did before. Parameters may require gradients: ``forward``
-            runs under ``no_grad``.
+        model: a causal language model in evaluation mode on one device, or a wrapper around one with adapters in its layers
+            (PEFT's). It is not changed; its attention implementation is switched, and packed layers are put in place, only while
+            ``forward`` runs, and ordinary calls of the model in between (also from other threads) compute what they did before.
+            Parameters may require gradients: ``forward`` runs under ``no_grad``.
         backend: name or object, as ``get_backend`` takes it. Where one is named, only the packed tier is tried.
         block_size: tokens per block.
         tier: ``"auto"``: the fastest way of running the model that is right. ``"packed"``: attention reads blocks in place, where
@@ -78,7 +80,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | AdaptedModel,
         *,
         backend: str | AttentionBackend = "auto",
         block_size: int = 16,
@@ -87,7 +89,7 @@ class ModelRunner:
         tier: TierName = "auto",
     ) -> None:
         integer("block_size", block_size, least=1, most=2**31 - 1)
-        self._model = check_model(model)
+        self._model = model = check_model(model)
         if model.device.type == "meta":
             raise UnsupportedModelError(f"{type(model).__name__} has no weights (meta device): plan_memory works without, running does not")
         self._rotaries = RotaryEmbeddings(model)
@@ -102,6 +104,7 @@ class ModelRunner:
                 fuse=fuse,
             )
         self._tier, self._replacements = choice.tier, choice.replacements
+        self._alterations = Alterations(model)
         self._closed = False
         self.report: SelfCheck = choice.check
         self.tier: TierReport = choice.report
@@ -185,6 +188,14 @@ class ModelRunner:
             raise ConfigError(f"the model runs in tier {self.tier.name!r}: only a packed one can be called by others within a step")
         with self._rotaries.pinned(), self._tier.step(batch, storage.layers) as cache:
             yield cache
+
+    def altered(self) -> bool:
+        """Whether the model was altered since the last call, so that K/V computed before are not what it would compute now.
+
+        See ``Alterations`` for what is seen: weights, modules, hooks, switches of adapters. Cost: some
+        microseconds for each module and parameter.
+        """
+        return self._alterations.seen()
 
     def close(self) -> None:
         """End the use of the model, which is as it was, and free packed weights. May be called again; ``forward`` raises afterwards."""

@@ -127,6 +127,10 @@ class HashModel:
         """Stamps for so many blocks."""
         return HashStorage(num_blocks, self.block_size)
 
+    def altered(self) -> bool:
+        """Never."""
+        return False
+
     def write(self, plan: StepPlan, storage: HashStorage) -> None:
         """Stamp the step's tokens into their slots; ``O(T)``."""
         names = np.zeros(plan.num_seqs, dtype=np.int64) if self.namespaces_of is None else self.namespaces_of(plan)

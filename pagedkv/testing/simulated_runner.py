@@ -58,6 +58,10 @@ class SimulatedRunner:
         """The model's own."""
         return self._inner.new_storage(num_blocks)
 
+    def altered(self) -> bool:
+        """As the model says."""
+        return self._inner.altered()
+
     def forward(self, batch: StepBatch, storage: KVStorage) -> torch.Tensor:
         """Run the model, or fail."""
         self.plan = plan = batch.plan

@@ -59,6 +59,17 @@ def test_purge_makes_one_namespace_unfindable_and_leaves_the_others() -> None:
     manager.check()
 
 
+def test_namespaces_are_named_as_long_as_anything_may_be_found_under_them() -> None:
+    manager = make_manager()
+    assert manager.namespaces == ()
+    for name in ("", "a", "b"):
+        start(manager, list(range(9)), name)
+    assert manager.namespaces == ("", "a", "b")
+    manager.purge("a")
+    assert manager.namespaces == ("", "b")
+    assert make_manager(enable_prefix_caching=False).namespaces == ()
+
+
 def test_purge_counts_the_blocks_of_every_group() -> None:
     manager = make_manager([9, 9])
     start(manager, list(range(8)))

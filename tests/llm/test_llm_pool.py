@@ -199,3 +199,14 @@ def test_failed_step_of_generate_ends_its_requests_and_the_next_call_works(
     statistics = llm.statistics()
     assert (statistics.num_running, statistics.num_waiting, statistics.cache.groups[0].num_in_use) == (0, 0, 0)
     assert llm.generate([[5, 6]], greedy(), use_tqdm=False)[0].outputs[0].token_ids == generate(model, [5, 6])
+
+
+def test_reset_of_the_prefix_cache_makes_the_prefixes_of_all_salts_unfindable(model: PreTrainedModel) -> None:
+    prompts = [{"prompt_token_ids": list(range(5, 30)), "cache_salt": salt} for salt in ("", "a")]
+    with make_llm(model, None) as llm:
+        assert llm.reset_prefix_cache() == 0, "nothing was computed yet"
+        for hits in (0, 24, 24):
+            outputs = llm.generate(prompts, greedy(1), use_tqdm=False)
+            assert [output.num_cached_tokens for output in outputs] == [hits, hits]
+        assert llm.reset_prefix_cache() == 2 * 6
+        assert [output.num_cached_tokens for output in llm.generate(prompts, greedy(1), use_tqdm=False)] == [0, 0]
