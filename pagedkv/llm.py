@@ -69,8 +69,8 @@ class LLM:
             ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
         fuse: whether norms, gates of MLPs, rotations and whole decoder layers on the CPU run as native operations where these are proven
             to compute the same. See ``ModelRunner`` and ``runner.fusion``.
-        tier: ``"auto"``: the fastest way of running the model that is right; ``"packed"`` or ``"dense"``: only that one. See
-            ``ModelRunner`` and ``runner.tier``.
+        tier: ``"auto"``: the fastest way of running the model that is right; ``"packed"``, ``"dense"`` or ``"dense-equal"``: only
+            that one. See ``ModelRunner`` and ``runner.tier``.
         scheduling_policy: ``"fcfs"``, ``"priority"``, ``"longest_prefix"``, or a ``SchedulingPolicy``.
         seed: for requests that bring none.
         check: how closely blocks, tables and queues are watched: ``"off"``; ``"step"``, conservation laws; ``"audit"``, everything after

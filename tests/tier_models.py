@@ -1,4 +1,4 @@
-"""Tiny models of the architectures that are not read in place: those that the dense tier runs, and those whose layers are gathered."""
+"""Tiny models of the architectures that are not read in place: those that the dense tiers run, and those whose layers are gathered."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ _LATENT = {
 _XGLM = {**_IDS, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 256, "dropout": 0.0}
 _NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256, "intermediate_size": 64, "window_size": WINDOW}
 _MPT = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2}
+_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_FEED = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 256, "dropout": 0.0}
 _JETMOE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8}
 
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,6 +58,12 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Models without transformers' attention interface. Those of bloom, falcon_alibi and mpt know positions by ALiBi; gpt_neo has windows."""
 
+EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("bart", {**_IDS, **_BART, **_FEED, "is_decoder": True, "is_encoder_decoder": False, "forced_eos_token_id": None}),
+    "roformer": ("roformer", {**_BASE, "is_decoder": True}),
+}
+"""Models that count positions from one number for all rows."""
+
 GATHERED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "head_dim": 4}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
@@ -67,5 +75,5 @@ GATHERED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tier_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     """One of them, random weights, on the CPU in float32."""
-    model_type, arguments = {**DENSE, **GATHERED}[name]
+    model_type, arguments = {**DENSE, **EQUAL, **GATHERED}[name]
     return randomised(AutoConfig.for_model(model_type, **arguments), seed=seed)

@@ -21,7 +21,8 @@ from pagedkv.models import ModelRunner, SelfCheck, TierReport, load_model, plan_
 
 _WAYS = {
     "packed": "packed: the tokens of a step in one row, attention by backend {!r}",
-    "dense": "dense: one row a sequence, the model's {} attention over K/V gathered from blocks",
+    "dense": "dense: one row a sequence, the model's own attention over K/V gathered from blocks",
+    "dense-equal": "dense-equal: as dense (the model's own attention over K/V gathered from blocks), with rows of one length at a time",
 }
 _JUDGEMENTS = {
     "numbers": "no logit may differ by more",
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("model", nargs="?", help="hub id, folder or .gguf file: load it, run the self-check, say what it takes")
     parser.add_argument("--dtype", help="of the model's weights and K/V; the checkpoint's own when not given")
-    parser.add_argument("--tier", choices=("auto", "packed", "dense"), default="auto", help="the only way of running the model to try")
+    parser.add_argument("--tier", choices=("auto", *_WAYS), default="auto", help="the only way of running the model to try")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a block")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 

@@ -2,7 +2,8 @@
 
 For every model that no attention function of ours can be given to, or whose attention is more than K, V and a mask of positions
 (ALiBi, say). Right-aligned with a mask of what is there is how transformers' own batched generation pads, so whatever a model derives
-from mask and length comes out as it does there. It owns how a step is cut into calls of the model.
+from mask and length comes out as it does there. A model that counts positions from one number for the whole batch is right only where
+rows are equally long, and then needs no mask. It owns how a step is cut into calls of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pagedkv.models.context import AttentionCall, MaskFunction, activate
 from pagedkv.models.facade import DenseCache
 from pagedkv.models.probe import ModelShape, probe_dense
 from pagedkv.models.replacements import Replacements
-from pagedkv.plan import Int64Array, StepPlan
+from pagedkv.plan import BoolArray, Int64Array, StepPlan
 from pagedkv.storage import StepBatch
 from pagedkv.storage.pool import LayerPool
 from pagedkv.storage.slots import Slots, right_aligned_slots
@@ -53,12 +54,23 @@ class Rows:
         """Tokens before the new ones in the longest row."""
         return self.num_keys - int(self.tokens.shape[1])
 
+    @property
+    def there(self) -> BoolArray:
+        """``[R, K]`` which keys are tokens; the others pad on the left."""
+        return np.arange(self.num_keys) >= (self.num_keys - self.lens)[:, None]
 
-def split_rows(plan: StepPlan) -> Iterator[Rows]:
-    """Cut a step into calls of the model: rows of one query length, and of lengths so similar that at most half is padding."""
+
+def split_rows(plan: StepPlan, *, equal: bool = False) -> Iterator[Rows]:
+    """Cut a step into calls of the model, with rows of one query length.
+
+    Args:
+        plan: the step.
+        equal: only rows of one length share a call; else those of lengths so similar that at most half is padding, or all short ones.
+    """
     lens = plan.seq_lens.astype(np.int64)
-    # The exponent of 2 that bounds a length; a pair of numbers as one, so that equal pairs are found by one sort.
-    keys = plan.query_lens.astype(np.int64) * 64 + np.frexp(np.maximum(lens - 1, _SHORT - 1).astype(np.float64))[1]
+    # Similar are those that the same power of 2 bounds.
+    kinds = lens if equal else np.frexp(np.maximum(lens - 1, _SHORT - 1).astype(np.float64))[1]
+    keys = plan.query_lens.astype(np.int64) << 32 | kinds  # a pair of numbers as one, so that one sort finds equal pairs
     for key in np.unique(keys):
         seqs = np.flatnonzero(keys == key)
         tokens = plan.cu_seqlens_q[seqs].astype(np.int64)[:, None] + np.arange(int(plan.query_lens[seqs[0]]))
@@ -71,20 +83,26 @@ class DenseTier:
     Args:
         call: how to call the model.
         replacements: what stands in for modules of it during a step.
+        equal: whether only rows of one length share a call, without a mask.
 
     Raises:
-        UnsupportedModelError: the model failed over a cache of ours, or takes no ``attention_mask``.
+        UnsupportedModelError: the model failed over a cache of ours, or takes no ``attention_mask`` and needs one.
 
     Attributes:
-        name: ``"dense"``.
+        name: ``"dense"``, or ``"dense-equal"``.
         attention: ``"own"``: no backend of ours attends.
         shape: the model's layers.
     """
 
-    name = "dense"
     attention = "own"
 
-    def __init__(self, call: ModelCall, replacements: Replacements) -> None:
+    def __init__(self, call: ModelCall, replacements: Replacements, *, equal: bool) -> None:
+        self.name = "dense-equal" if equal else "dense"
+        if not (equal or call.takes_mask):
+            raise UnsupportedModelError(
+                f"{type(call.model).__name__}.forward takes no attention_mask: rows of several lengths cannot be told"
+            )
+        self._equal = equal
         self._call = call
         self._replacements = replacements
         with replacements.recording():
@@ -103,7 +121,7 @@ class DenseTier:
         wanted = np.full(plan.num_tokens, -1, dtype=np.int64)
         wanted[plan.logits_indices] = np.arange(len(plan.logits_indices))
         with self._replacements.in_place():
-            for rows in split_rows(plan):
+            for rows in split_rows(plan, equal=self._equal):
                 place = wanted[rows.tokens]
                 columns = np.flatnonzero((place >= 0).any(axis=0))
                 result = self._run(rows, batch, pools, columns=torch.from_numpy(columns).to(device))
@@ -118,8 +136,7 @@ class DenseTier:
         """Logits ``[R, C, V]`` of some columns of some rows."""
         step = DenseStep(rows, batch, pools, self._index)
         tokens = step.tokens
-        there = np.arange(rows.num_keys) >= (rows.num_keys - rows.lens)[:, None]
-        mask = torch.from_numpy(there.astype(np.int64)).to(tokens.device)
+        mask = None if self._equal else torch.from_numpy(rows.there.astype(np.int64)).to(tokens.device)
         cache = DenseCache(step, rows.past_len)
         with activate(step):
             logits = self._call(batch.token_ids[tokens], batch.positions[tokens], cache=cache, columns=columns, attention_mask=mask)

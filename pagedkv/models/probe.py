@@ -109,8 +109,6 @@ def probe_dense(call: ModelCall) -> ModelShape:
 
     Cost: one forward of 3 tokens; no computation on the meta device.
     """
-    if not call.takes_mask:
-        raise UnsupportedModelError(f"{type(call.model).__name__}.forward takes no attention_mask: rows of several lengths cannot be told")
     step = _Recording()
     vocab_size = _record(call, step, DenseCache(step, 0))
     return step.shape(type(call.model).__name__, vocab_size)

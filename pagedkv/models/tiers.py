@@ -27,8 +27,8 @@ from pagedkv.models.selfcheck import SelfCheck, self_check
 from pagedkv.storage import StepBatch
 from pagedkv.storage.pool import LayerPool
 
-TierName = Literal["auto", "packed", "dense"]
-_TIERS = ("packed", "dense")
+TierName = Literal["auto", "packed", "dense", "dense-equal"]
+_TIERS = ("packed", "dense", "dense-equal")
 
 
 class Tier(Protocol):
@@ -64,7 +64,7 @@ class TierReport:
 
     Attributes:
         name: ``"packed"``: all tokens of a step in one row, attention reads blocks in place; ``"dense"``: one row a sequence, the model's
-            own attention over K/V gathered from blocks.
+            own attention over K/V gathered from blocks; ``"dense-equal"``: the same, for rows of one length at a time.
         layers: for each layer that stores K/V, how they are read: ``"in place"``, ``"gathered"`` (the model changes them after storing)
             or ``"dense"``.
         masks: for each of them the masks with which they are read; none where the model's own code masks.
@@ -143,15 +143,15 @@ def _names(wanted: TierName, backend: str | AttentionBackend) -> tuple[str, ...]
         raise ConfigError(f"tier is {shown(wanted)}: it must be one of auto, {', '.join(_TIERS)}")
     if backend == "auto":
         return _TIERS if wanted == "auto" else (wanted,)
-    if wanted == "dense":
-        raise ConfigError("tier is 'dense' and a backend is named: the model's own attention runs there, leave the backend 'auto'")
+    if wanted not in ("auto", "packed"):
+        raise ConfigError(f"tier is {wanted!r} and a backend is named: the model's own attention runs there, leave the backend 'auto'")
     return ("packed",)
 
 
 def _made(name: str, call: ModelCall, replacements: Replacements, *, backend: str | AttentionBackend, block_size: int) -> Tier:
     if name == "packed":
         return PackedTier(call, replacements, backend=backend, block_size=block_size)
-    return DenseTier(call, replacements)
+    return DenseTier(call, replacements, equal=name == "dense-equal")
 
 
 def _proven(tier: Tier, call: ModelCall, replacements: Replacements, *, block_size: int, max_positions: int | None) -> SelfCheck:
@@ -166,7 +166,7 @@ def _proven(tier: Tier, call: ModelCall, replacements: Replacements, *, block_si
 
 
 def _layer_kinds(tier: Tier) -> tuple[str, ...]:
-    if tier.name == "dense":
+    if tier.name != "packed":
         return ("dense",) * len(tier.shape.layer_ids)
     return tuple("gathered" if layer in tier.shape.gathered else "in place" for layer in tier.shape.layer_ids)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models_support import assert_close, mixed_schedule, paged_logits, plain_logits, random_tokens
-from tier_models import DENSE, GATHERED, tier_model
+from tier_models import DENSE, EQUAL, GATHERED, tier_model
 from torch import Tensor
 
 from pagedkv.attention import AttendOptions, Mask
@@ -29,11 +29,11 @@ def _check(runner: ModelRunner, *, chunk: int, seed: int, what: str) -> None:
     assert_close(got, plain_logits(runner.model, tokens), relative=1e-4, what=f"{what}, chunk {chunk}, seed {seed}")
 
 
-@pytest.mark.parametrize("name", [*DENSE, *GATHERED])
+@pytest.mark.parametrize("name", [*DENSE, *EQUAL, *GATHERED])
 def test_logits_ragged_chunked_and_decoding_equal_the_plain_forward(name: str) -> None:
     runner = ModelRunner(tier_model(name), block_size=4)
-    kind = "dense" if name in DENSE else "gathered"
-    assert runner.tier.name == ("dense" if name in DENSE else "packed")
+    kind = "gathered" if name in GATHERED else "dense"
+    assert runner.tier.name == ("dense" if name in DENSE else "dense-equal" if name in EQUAL else "packed")
     assert runner.tier.layers == (kind, kind)
     _check(runner, chunk=5, seed=2, what=name)
 
@@ -84,7 +84,7 @@ def test_tier_that_is_forced_is_the_only_one_tried() -> None:
         ModelRunner(tier_model("bloom"), block_size=4, backend="torch")
     with pytest.raises(ConfigError, match="a backend is named"):
         ModelRunner(tier_model("bloom"), block_size=4, tier="dense", backend="torch")
-    with pytest.raises(ConfigError, match="must be one of auto, packed, dense"):
+    with pytest.raises(ConfigError, match="must be one of auto, packed, dense, dense-equal"):
         ModelRunner(tiny_model("llama"), block_size=4, tier="fast")  # type: ignore[arg-type]
 
 

@@ -10,13 +10,13 @@ import pytest
 from parity_cases import LARGE, Case
 from parity_support import Oracle, assert_tokens, generate, greedy, make_oracle
 from parity_workload import can_preempt, run_case
-from tier_models import DENSE, GATHERED, tier_model
+from tier_models import DENSE, EQUAL, GATHERED, tier_model
 
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.models import ModelRunner
 from pagedkv.testing.models import TINY_MODELS, tiny_model
 
-MODELS = (*DENSE, *GATHERED)
+MODELS = (*DENSE, *EQUAL, *GATHERED)
 OFTEN = ("bloom", "deepseek_v3")
 NEW = 12
 
@@ -68,7 +68,7 @@ def tier_oracle_of() -> Callable[[str], Oracle]:
 def test_workload_of_the_grid_gives_the_tokens_of_generate(case: Case, tier_oracle_of: Callable[[str], Oracle]) -> None:
     oracle = tier_oracle_of(case.model)
     tally = run_case(case, oracle)
-    assert oracle.runner(case.block_size).tier.layers[0] == ("dense" if case.model in DENSE else "gathered")
+    assert oracle.runner(case.block_size).tier.layers[0] == ("gathered" if case.model in GATHERED else "dense")
     assert tally.compared >= 6
     if can_preempt(case):
         assert tally.preempted, f"{case} (seed {case.seed}): nothing was preempted, the case has lost its power"
