@@ -83,7 +83,7 @@ class ManagerDriver:
             enable_prefix_caching=config.prefix_caching,
             **({"windows": windows} if any(windows) else {}),  # one that has no windows can still be tested without
         )
-        self.reference = ReferenceManager(config.num_blocks, config.block_size, prefix_caching=config.prefix_caching, windows=windows)
+        self.reference = ReferenceManager(config.num_blocks, config.block_size, windows, prefix_caching=config.prefix_caching)
         self.tokens = storage_factory(config.num_blocks, config.block_size)
         self.num_operations = 0
         self._judge = Judge(self.manager, self.reference, self.tokens, check=check, oracles=oracles)
