@@ -71,6 +71,8 @@ def _judge_model(model: PreTrainedModel, seed: int) -> Verdict:
         return Verdict(REFUSED, str(error) + own, expected=expected)
     except Exception as error:
         return Verdict(FAILS, _words(error), expected=expected)
+    if runner.max_positions_reason is not None and runner.max_positions is not None and runner.max_positions < references.longest:
+        return Verdict(REFUSED, f"beyond {runner.max_positions} tokens: {runner.max_positions_reason}", _tier(runner), expected=expected)
     mixes = run_mixes(runner, references)
     kind, detail = _judged(mixes, inconsistency)
     return Verdict(kind, detail, _tier(runner), mixes, expected)

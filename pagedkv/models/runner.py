@@ -20,6 +20,7 @@ from pagedkv.models.adapters import AdaptedModel
 from pagedkv.models.alterations import Alterations
 from pagedkv.models.fusion import FusionReport
 from pagedkv.models.limits import eos_token_ids, num_token_ids
+from pagedkv.models.own_cache import bounded_by_own_cache
 from pagedkv.models.packed import PackedTier
 from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.positions import RotaryEmbeddings
@@ -116,8 +117,8 @@ class ModelRunner:
         self.num_token_ids = num_token_ids(model)
         # Ids that a head could name but the embedding could not read are never offered to a sampler.
         self.vocab_size = min(choice.tier.shape.vocab_size, self.num_token_ids)
-        self.max_positions = self._rotaries.positions.reach
-        self.max_positions_reason = self._rotaries.positions.reason
+        positions = bounded_by_own_cache(self._rotaries.positions, model, choice.tier.shape)
+        self.max_positions, self.max_positions_reason = positions.reach, positions.reason
         self.eos_token_ids = eos_token_ids(model)
 
     @property

@@ -88,7 +88,15 @@ class References:
         model: a causal language model in evaluation mode.
         num_token_ids: prompts are drawn from the token ids below, 0 to 2 left out.
         seed: of the prompts.
+
+    Attributes:
+        longest: tokens of the longest prompt with its continuation.
+        prompts: of several lengths.
+        related: begins as the last of them does.
+        forked: one more, to be continued several times.
     """
+
+    longest = _LONGEST
 
     def __init__(self, model: PreTrainedModel, *, num_token_ids: int, seed: int = 0) -> None:
         self._model = model

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pagedkv.errors import UnsupportedModelError
+from pagedkv import LLM, SamplingParams
+from pagedkv.errors import InvalidRequestError, UnsupportedModelError
 from pagedkv.models import ModelRunner
 from pagedkv.storage import KVStorage, StepBatch
 from pagedkv.testing.architectures import decoder_architectures, encoder_decoder_architectures, shrunk_config, shrunk_model
 from pagedkv.testing.models import WINDOW, tiny_model
-from pagedkv.testing.parity import References, parity_runner, run_mixes
+from pagedkv.testing.parity import References, generate_alone, parity_runner, run_mixes
 
 SMOKE = ("bloom", "cohere2", "deepseek_v3", "gpt_neox", "olmoe")
 NUM_TOKEN_IDS = 90  # the last of the 97 are left to what an architecture takes for special
@@ -19,7 +20,10 @@ NUM_TOKEN_IDS = 90  # the last of the 97 are left to what an architecture takes 
 
 def assert_parity(model: PreTrainedModel, what: str) -> None:
     references = References(model, num_token_ids=NUM_TOKEN_IDS)
-    mixes = run_mixes(parity_runner(model), references)
+    runner = parity_runner(model)
+    if runner.max_positions_reason is not None and runner.max_positions is not None and runner.max_positions < references.longest:
+        raise UnsupportedModelError(runner.max_positions_reason)
+    mixes = run_mixes(runner, references)
     assert [mix.name for mix in mixes] == ["ragged", "prefix", "fork", "preempted"]
     wrong = [f"{mix.name}: {mix.difference or mix.error}" for mix in mixes if mix.difference or mix.error]
     if wrong:
@@ -74,6 +78,28 @@ def test_parity_names_a_model_whose_own_cache_contradicts_it() -> None:
     assert found is not None
     assert found.startswith("without a cache a prompt of")
     assert References(tiny_model("llama"), num_token_ids=NUM_TOKEN_IDS).inconsistency() is None
+
+
+def test_model_whose_own_cache_contradicts_it_is_served_as_far_as_both_agree() -> None:
+    model = shrunk_model("moshi")
+    runner = parity_runner(model)
+    assert runner.max_positions == WINDOW
+    assert "keeps 8 tokens in layers whose mask shows more" in str(runner.max_positions_reason)
+    prompt = (5, 17, 60)
+    with_cache, without = (generate_alone(model, prompt, num_new=WINDOW - 3, use_cache=use) for use in (True, False))
+    assert with_cache.token_ids == without.token_ids
+    with LLM(model, block_size=4) as llm:
+        greedy = SamplingParams(temperature=0.0, max_tokens=WINDOW - 3, ignore_eos=True)
+        (output,) = llm.generate([list(prompt)], greedy, use_tqdm=False)
+        assert output.outputs[0].token_ids == with_cache.token_ids
+        with pytest.raises(InvalidRequestError, match="contradicts its own forward"):
+            llm.generate([list(range(3, 3 + WINDOW))], greedy, use_tqdm=False)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral", "llama4_text"])
+def test_model_whose_own_cache_keeps_what_its_masks_show_is_served_to_its_end(model_type: str) -> None:
+    runner = parity_runner(shrunk_model(model_type))
+    assert (runner.max_positions, runner.max_positions_reason) == (256, None)
 
 
 def test_parity_refuses_to_judge_by_tokens_that_nearly_tie() -> None:
