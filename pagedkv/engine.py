@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -27,9 +27,9 @@ from pagedkv.poisoning import Poison
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
 from pagedkv.responses import Response, with_texts
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
-from pagedkv.scheduling import Request, Scheduler, SchedulerConfig, SchedulingPolicy
+from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
 from pagedkv.seating import Seating
-from pagedkv.storage import BatchBuilder, KVStorage
+from pagedkv.storage import BatchBuilder, KVStorage, StateStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class EngineConfig:
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: tokens of prompt and output together; the model's positions when not given.
-        enable_prefix_caching: whether full blocks are kept to be found again.
+        enable_prefix_caching: whether full blocks are kept to be found again; never with a model that has recurrent layers, whose state
+            no block holds.
         seed: for requests that bring none.
         watermark: share of the blocks kept free when a request is admitted beside others.
         check: how closely blocks, tables and queues are watched: ``"off"``, ``"step"`` (conservation laws) or ``"audit"`` (everything, and
@@ -87,6 +88,7 @@ class EngineStatistics:
         num_generated_tokens: tokens sampled.
         peak_blocks_in_use: most blocks held at once, after a step.
         pool_nbytes: bytes of K/V storage.
+        state_nbytes: bytes of recurrent state.
         mean_waste: share of the sequences' slots that held no token, over all steps so far.
         cache: the account of blocks, sequences and prefix hits.
     """
@@ -99,6 +101,7 @@ class EngineStatistics:
     num_generated_tokens: int
     peak_blocks_in_use: int
     pool_nbytes: int
+    state_nbytes: int
     mean_waste: float
     cache: CacheStatistics
 
@@ -144,14 +147,17 @@ class Engine:
         self._tokenizer = tokenizer
         self._decoder = cast("Tokenizer | None", tokenizer)  # its decode is typed for batches, too
         limits = config.limits()
+        if runner.recurrent_state != "none":
+            limits = replace(limits, recurrent_state=runner.recurrent_state)
         # Before the books, which are small beside it but not small for a pool that no device could hold.
-        self._storage = runner.new_storage(config.num_blocks)
+        self._storage = runner.new_storage(config.num_blocks, num_rows=limits.max_running)
+        self._state = self._storage.state
         self._manager = KVCacheManager(
             num_blocks=config.num_blocks,
             block_size=runner.block_size,
             max_num_seqs=limits.max_running,
             max_seq_len=self.max_model_len,
-            enable_prefix_caching=config.enable_prefix_caching,
+            enable_prefix_caching=config.enable_prefix_caching and not limits.has_state,
             check=config.check,
         )
         self._poison = Poison.at_level(self._manager, self._storage)
@@ -167,6 +173,7 @@ class Engine:
         self._token_steps = self._slot_steps = 0
         self._closed = False
         self._change = Transaction("the engine")
+        self._followed: Assignment | None = None
 
     # Questions.
 
@@ -201,6 +208,7 @@ class Engine:
             num_generated_tokens=self._num_generated,
             peak_blocks_in_use=self._peak_blocks,
             pool_nbytes=self._storage.nbytes,
+            state_nbytes=0 if self._state is None else self._state.nbytes,
             mean_waste=1 - self._token_steps / self._slot_steps if self._slot_steps else 0.0,
             cache=self._manager.statistics(),
         )
@@ -386,11 +394,13 @@ class Engine:
         """Run the forward pass and draw the tokens; nothing of it counts before it is booked."""
         try:
             with torch.no_grad():
+                if self._state is not None:
+                    self._follow(self._state)
                 self._seating.assign(self._scheduler, self._responses)
                 batch = self._batches.build(plan)
                 self._storage.copy_blocks(plan.copies)
                 if self._poison is not None:
-                    self._poison.spread(plan.copies)
+                    self._poison.spread(plan)
                 logits = self._runner.forward(batch, self._storage)
                 sampled = self._sample(plan, logits)
                 self._book_prompt_logits(plan, logits)
@@ -399,6 +409,14 @@ class Engine:
             raise
         except Exception as error:
             raise StepError(f"step {plan.step} with {plan.num_tokens} tokens of {plan.num_seqs} sequences failed: {error}") from error
+
+    def _follow(self, state: StateStorage) -> None:
+        """Have state go along with rows that changed hands: each assignment once, though it is seen again where a step failed."""
+        pending = self._scheduler.assignments
+        done = next((place + 1 for place, each in enumerate(pending) if each is self._followed), 0)
+        for each in pending[done:]:
+            state.follow(each.row, each.source_row)
+            self._followed = each
 
     def _undo(self) -> None:
         """Take back a plan that was not completed: whatever stopped the step, an interrupt from the keyboard too, all is as before it."""
@@ -411,6 +429,8 @@ class Engine:
         """Make a step count, and hand on what it brought."""
         rows = plan.rows[plan.sampling_seqs]
         self._scheduler.complete(plan, sampled.token_ids.astype(np.int32))
+        if self._state is not None:
+            self._state.commit()
         self._num_steps += 1
         self._num_computed += plan.num_tokens
         self._num_generated += len(rows) - len(sampled.errors)

@@ -63,7 +63,7 @@ class LLM:
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: tokens of prompt and output together; the model's positions when not given.
-        enable_prefix_caching: whether prefixes are kept and shared.
+        enable_prefix_caching: whether prefixes are kept and shared; never with a model that has recurrent layers.
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
         pack_linears: whether linear layers on the CPU run with repacked copies of their weights, which take memory beside the model's own;
             ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
@@ -131,7 +131,9 @@ class LLM:
         )
         self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
         if kv_cache_memory_bytes is not None:
-            num_blocks = blocks_in_memory(kv_cache_memory_bytes, self._nbytes_per_block, setting="kv_cache_memory_bytes")
+            most = self._blocks_for([(self._max_model_len, self._limits.max_running)])
+            fitting = self._blocks_in(kv_cache_memory_bytes, setting="kv_cache_memory_bytes")
+            num_blocks = fitting if self._nbytes_per_block else most  # of blocks that hold nothing, as many as can ever be used
         self._fixed_blocks = num_blocks
         self._engine = self._new_engine(num_blocks) if num_blocks is not None else None
         self._num_requests = 0
@@ -272,6 +274,14 @@ class LLM:
     def _nbytes_per_block(self) -> int:
         return sum(spec.nbytes_per_token(self._runner.dtype) for spec in self._runner.layers) * self._runner.block_size
 
+    def _blocks_in(self, nbytes: int, *, setting: str) -> int:
+        state = sum(spec.nbytes for spec in self._runner.states) * self._limits.max_running
+        return blocks_in_memory(nbytes, self._nbytes_per_block, setting=setting, state_nbytes=state)
+
+    def _blocks_for(self, lengths: Sequence[tuple[int, int]]) -> int:
+        limits = self._limits
+        return blocks_for_work(lengths, block_size=self._runner.block_size, max_running=limits.max_running, watermark=limits.watermark)
+
     def _new_engine(self, num_blocks: int) -> Engine:
         config = replace(self._config, num_blocks=num_blocks)
         return Engine(self._runner, config, tokenizer=self._tokenizer, policy=self._policy)
@@ -311,16 +321,15 @@ class LLM:
         for prompt, params in work:
             tokens = len(prompt.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
             lengths.append((min(tokens, self._max_model_len), params.n))
-        size, limits = self._runner.block_size, self._limits
-        wanted = blocks_for_work(lengths, block_size=size, max_running=limits.max_running, watermark=limits.watermark)
+        wanted = self._blocks_for(lengths)
         held = have = 0
         if self._engine is not None:
             now = self._engine.statistics()
-            held, have = now.pool_nbytes, self._engine.num_usable_blocks + 1
+            held, have = now.pool_nbytes + now.state_nbytes, self._engine.num_usable_blocks + 1
             if have >= wanted or self._inboxes or now.num_running or now.num_waiting:
                 return
         share = int((free_memory(self._runner.device) + held) * self._memory_share)
-        blocks = min(wanted, blocks_in_memory(share, self._nbytes_per_block, setting=f"memory_share={self._memory_share} of free memory"))
+        blocks = min(wanted, self._blocks_in(share, setting=f"memory_share={self._memory_share} of free memory"))
         if blocks <= have:
             return
         if self._engine is not None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pagedkv.core import GuardedKVCacheManager, KVCacheManager
-from pagedkv.plan import Int32Array
+from pagedkv.plan import StepPlan
 from pagedkv.storage import KVStorage
 
 _POISON = float("nan")  # of every floating dtype, which is all that K and V are stored in
@@ -31,15 +29,18 @@ class Poison:
             return cls(manager, storage)
         return None
 
-    def spread(self, copies: Sequence[Int32Array]) -> None:
+    def spread(self, plan: StepPlan) -> None:
         """Fill what became stale; between a step's block copies, which may have to read it, and its first write.
 
         Args:
-            copies: per layer group ``[C, 2]`` (source, target) blocks that have just been copied: the targets hold what they should.
+            plan: the step, whose ``copies`` have just been made: the targets hold what they should. Sequences that begin in it have no
+                recurrent state yet: what their rows hold is another's.
 
         Cost: O(bytes of those blocks); the first time, of all that are free.
         """
-        for group, (block_ids, copied) in enumerate(zip(self._manager.take_stale_blocks(), copies, strict=True)):
+        for group, (block_ids, copied) in enumerate(zip(self._manager.take_stale_blocks(), plan.copies, strict=True)):
             stale = np.setdiff1d(block_ids, copied[:, 1])
             if len(stale):
                 self._storage.fill(stale, _POISON, group=group)
+        if self._storage.state is not None:
+            self._storage.state.fill(plan.rows[plan.seq_lens == plan.query_lens], _POISON)

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pagedkv.checks import integer
 from pagedkv.errors import ConfigError
 
+_MOST_BLOCKS = 2**31 - 1  # block ids are int32
+
 
 def blocks_for_work(lengths: Iterable[tuple[int, int]], *, block_size: int, max_running: int, watermark: float) -> int:
     """Blocks that requests can use at once, the null block included.
@@ -25,10 +27,19 @@ def blocks_for_work(lengths: Iterable[tuple[int, int]], *, block_size: int, max_
     return int(needed / (1 - watermark)) + 3  # the null block, and the rounding of the watermark
 
 
-def blocks_in_memory(nbytes: int, nbytes_per_block: int, *, setting: str) -> int:
-    """Blocks that fit in ``nbytes``; raises ``ConfigError`` naming the setting when not even two do."""
+def blocks_in_memory(nbytes: int, nbytes_per_block: int, *, setting: str, state_nbytes: int = 0) -> int:
+    """Blocks that fit in ``nbytes`` beside the recurrent state of all sequences; any number of those that hold nothing.
+
+    Raises:
+        ConfigError: naming the setting when not even two do.
+    """
     integer(f"{setting} (bytes)", nbytes, least=1)
-    blocks = nbytes // nbytes_per_block
+    left = nbytes - state_nbytes
+    if left < 0:
+        raise ConfigError(f"{setting} is {nbytes} bytes, the recurrent state of all sequences takes {state_nbytes}: lower max_num_seqs")
+    if not nbytes_per_block:
+        return _MOST_BLOCKS
+    blocks = left // nbytes_per_block
     if blocks < 2:
         raise ConfigError(f"{setting} is {nbytes} bytes, room for {blocks} blocks of {nbytes_per_block} bytes: at least 2 are needed")
     return blocks

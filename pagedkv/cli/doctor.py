@@ -112,6 +112,7 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
             () if runner.max_positions_reason is None else (runner.max_positions_reason,),
         ),
         Finding("K/V", f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}"),
+        *_recurrent_state(runner, plan.state_nbytes),
         Finding(
             "packed linear layers",
             f"{len(packing.packed)}, {packing.nbytes:,} bytes beside the model's own weights",
@@ -166,6 +167,24 @@ def _unsupported(runner: ModelRunner) -> tuple[str, ...]:
     text = config.get_text_config(decoder=True)
     others = [name for name in config.sub_configs if getattr(config, name, None) not in (None, text)]
     return tuple(f"{name.removesuffix('_config')}: text alone goes in and comes out" for name in others)
+
+
+def _recurrent_state(runner: ModelRunner, nbytes: int) -> list[Finding]:
+    if runner.recurrent_state == "none":
+        return []
+    whole = runner.recurrent_state == "whole"
+    return [
+        Finding(
+            "recurrent state",
+            f"{nbytes:,} bytes a sequence, whatever its length",
+            (
+                "prefixes are not cached: no block holds the state at their end",
+                "prompts are computed in one piece, of max_num_batched_tokens at most: the model goes on from a state by one token only"
+                if whole
+                else "prompts may be computed in chunks",
+            ),
+        )
+    ]
 
 
 def _version(package: str) -> str:

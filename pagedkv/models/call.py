@@ -22,7 +22,7 @@ class ModelCall:
         model: the model; its signature is read here, once.
 
     Raises:
-        UnsupportedModelError: the model takes no ``past_key_values``.
+        UnsupportedModelError: the model takes neither ``past_key_values`` nor ``cache_params``.
 
     Attributes:
         model: the model.
@@ -38,9 +38,11 @@ class ModelCall:
         def takes(name: str) -> bool:
             return name in outer or (passes_on and name in inner)
 
-        if not takes("past_key_values"):
+        names = [name for name in ("past_key_values", "cache_params") if takes(name)]
+        if not names:
             raise UnsupportedModelError(f"{type(model).__name__}.forward takes no past_key_values: it keeps no K/V that could be paged")
         self.model = model
+        self._cache_name = names[0]
         self.takes_positions = takes("position_ids")
         self.takes_mask = takes("attention_mask")
         self._keeps = "logits_to_keep" in outer
@@ -63,7 +65,7 @@ class ModelCall:
         Returns:
             ``[R, C, V]`` logits.
         """
-        arguments: dict[str, Any] = {"past_key_values": cache}
+        arguments: dict[str, Any] = {self._cache_name: cache}
         if self.takes_positions:
             arguments["position_ids"] = positions
         if attention_mask is not None:

@@ -20,9 +20,11 @@ from pagedkv.models.call import ModelCall
 from pagedkv.models.context import AttentionCall, MaskFunction, activate
 from pagedkv.models.facade import DenseCache
 from pagedkv.models.probe import ModelShape, probe_dense
+from pagedkv.models.recurrence import RecurrentState
 from pagedkv.models.replacements import Replacements
+from pagedkv.models.states import StatefulCache
 from pagedkv.plan import BoolArray, Int64Array, StepPlan
-from pagedkv.storage import StepBatch
+from pagedkv.storage import KVStorage, StateStorage, StepBatch
 from pagedkv.storage.pool import LayerPool
 from pagedkv.storage.slots import Slots, right_aligned_slots
 
@@ -60,17 +62,20 @@ class Rows:
         return np.arange(self.num_keys) >= (self.num_keys - self.lens)[:, None]
 
 
-def split_rows(plan: StepPlan, *, equal: bool = False) -> Iterator[Rows]:
+def split_rows(plan: StepPlan, *, equal: bool = False, by_past: bool = False) -> Iterator[Rows]:
     """Cut a step into calls of the model, with rows of one query length.
 
     Args:
         plan: the step.
         equal: only rows of one length share a call; else those of lengths so similar that at most half is padding, or all short ones.
+        by_past: whether rows that have computed no token yet get calls of their own: recurrent layers start there, and do not go on.
     """
     lens = plan.seq_lens.astype(np.int64)
     # Similar are those that the same power of 2 bounds.
     kinds = lens if equal else np.frexp(np.maximum(lens - 1, _SHORT - 1).astype(np.float64))[1]
     keys = plan.query_lens.astype(np.int64) << 32 | kinds  # a pair of numbers as one, so that one sort finds equal pairs
+    if by_past:
+        keys = keys << 1 | (lens > plan.query_lens)
     for key in np.unique(keys):
         seqs = np.flatnonzero(keys == key)
         tokens = plan.cu_seqlens_q[seqs].astype(np.int64)[:, None] + np.arange(int(plan.query_lens[seqs[0]]))
@@ -92,6 +97,7 @@ class DenseTier:
         name: ``"dense"``, or ``"dense-equal"``.
         attention: ``"own"``: no backend of ours attends.
         shape: the model's layers.
+        recurrent_state: ``"none"``, ``"chunked"`` or ``"whole"``; whoever checks the tier finds out which of the last two.
     """
 
     attention = "own"
@@ -108,9 +114,10 @@ class DenseTier:
         with replacements.recording():
             self.shape: ModelShape = probe_dense(call)
         replacements.pack()
+        self.recurrent_state: RecurrentState = "chunked" if self.shape.states else "none"
         self._index = {layer: place for place, layer in enumerate(self.shape.layer_ids)}
 
-    def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
+    def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Logits ``[K, V]`` of one step; see ``Tier.forward``.
 
         Cost: one forward for each query length, and a copy of all K/V that is read.
@@ -120,11 +127,13 @@ class DenseTier:
         logits = torch.empty(len(plan.logits_indices), self.shape.vocab_size, dtype=torch.float32, device=device)
         wanted = np.full(plan.num_tokens, -1, dtype=np.int64)
         wanted[plan.logits_indices] = np.arange(len(plan.logits_indices))
+        if storage.state is not None:
+            storage.state.begin()
         with self._replacements.in_place():
-            for rows in split_rows(plan, equal=self._equal):
+            for rows in split_rows(plan, equal=self._equal, by_past=storage.state is not None):
                 place = wanted[rows.tokens]
                 columns = np.flatnonzero((place >= 0).any(axis=0))
-                result = self._run(rows, batch, pools, columns=torch.from_numpy(columns).to(device))
+                result = self._run(rows, batch, storage, columns=torch.from_numpy(columns).to(device))
                 row, column = np.nonzero(place[:, columns] >= 0)
                 where, row_index, column_index = (
                     torch.from_numpy(index).to(device) for index in (place[row, columns[column]], row, column)
@@ -132,19 +141,35 @@ class DenseTier:
                 logits[where] = result[row_index, column_index].float()
         return logits
 
-    def _run(self, rows: Rows, batch: StepBatch, pools: Sequence[LayerPool], *, columns: Tensor) -> Tensor:
+    def _run(self, rows: Rows, batch: StepBatch, storage: KVStorage, *, columns: Tensor) -> Tensor:
         """Logits ``[R, C, V]`` of some columns of some rows."""
-        step = DenseStep(rows, batch, pools, self._index)
-        tokens = step.tokens
-        mask = None if self._equal else torch.from_numpy(rows.there.astype(np.int64)).to(tokens.device)
-        cache = DenseCache(step, rows.past_len)
+        step, state = DenseStep(rows, batch, storage.layers, self._index), storage.state
+        tokens, cache = step.tokens, DenseCache(step, rows.past_len)
+        if state is not None:
+            cache = stateful = self._with_states(step, rows, batch.plan, state)
         with activate(step):
-            logits = self._call(batch.token_ids[tokens], batch.positions[tokens], cache=cache, columns=columns, attention_mask=mask)
+            logits = self._call(
+                batch.token_ids[tokens], batch.positions[tokens], cache=cache, columns=columns, attention_mask=self._mask(rows)
+            )
         if not step.complete:
             raise UnsupportedModelError(
                 f"{type(self._call.model).__name__} stored K/V in {len(step.written)} of its {len(self._index)} layers"
             )
+        if state is not None:
+            state.stage(batch.plan.rows[rows.seqs], batch.plan.seq_lens[rows.seqs], stateful.states())
         return logits
+
+    def _mask(self, rows: Rows) -> Tensor | None:
+        """``[R, K]`` int64, 1 where a row has a key; None where none is padded, or the model stores no K/V."""
+        if self._equal or not self._index:
+            return None
+        return torch.from_numpy(rows.there.astype(np.int64)).to(self._call.model.device)
+
+    def _with_states(self, step: DenseStep, rows: Rows, plan: StepPlan, state: StateStorage) -> StatefulCache:
+        """The cache of rows that all go on from their states, or all have none yet."""
+        starts = plan.seq_lens[rows.seqs] - plan.query_lens[rows.seqs]
+        states = state.read(plan.rows[rows.seqs], starts) if starts[0] else None
+        return StatefulCache(step, rows.past_len, config=self._call.model.config, states=states)
 
 
 class DenseStep:

@@ -162,5 +162,5 @@ class DenseCache(StepCache):
 
 def _refuse_recurrent() -> NoReturn:
     raise UnsupportedModelError(
-        "the model has recurrent, convolutional or linear-attention layers, whose state is not paged in this release"
+        "the model has recurrent, convolutional or linear-attention layers: their state goes along a row, so each sequence needs its own"
     )

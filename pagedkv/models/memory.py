@@ -32,10 +32,11 @@ class MemoryPlan:
         nbytes_per_token: all layers, K and V.
         nbytes_per_block: the same for one block.
         memory_bytes: what was asked about, or None.
-        num_blocks: blocks that fit in ``memory_bytes``, the null block included; None without ``memory_bytes``.
-        num_tokens: tokens that these blocks hold (the null block holds none); None without ``memory_bytes``.
+        num_blocks: blocks that fit in ``memory_bytes``, the null block included; None without ``memory_bytes``, or where there is no K/V.
+        num_tokens: tokens that these blocks hold (the null block holds none); None where ``num_blocks`` is.
         max_model_len: the length that was asked about, or None.
-        num_sequences: sequences of ``max_model_len`` that fit at once; None unless both were asked.
+        num_sequences: sequences of ``max_model_len`` that fit at once, with their recurrent state; None unless both were asked.
+        state_nbytes: recurrent state of one sequence, whatever its length.
     """
 
     block_size: int
@@ -48,6 +49,7 @@ class MemoryPlan:
     num_tokens: int | None
     max_model_len: int | None
     num_sequences: int | None
+    state_nbytes: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -59,15 +61,17 @@ class MemoryPlan:
             f"K/V of {self.num_layers} layers in {str(self.dtype).removeprefix('torch.')}: "
             f"{_size(self.nbytes_per_token)} per token, {_size(self.nbytes_per_block)} per block of {self.block_size}"
         ]
-        if self.memory_bytes is not None:
+        if self.state_nbytes:
+            lines.append(f"recurrent state of a sequence: {_size(self.state_nbytes)}, whatever its length")
+        if self.memory_bytes is not None and self.nbytes_per_block:
             lines.append(f"{_size(self.memory_bytes)} hold {self.num_blocks:,} blocks, {self.num_tokens:,} tokens")
         if self.max_model_len is not None:
-            length = f"a sequence of {self.max_model_len:,} tokens takes {_size(self._blocks_per_sequence() * self.nbytes_per_block)}"
+            length = f"a sequence of {self.max_model_len:,} tokens takes {_size(self._nbytes_per_sequence())}"
             lines.append(length if self.num_sequences is None else f"{length}; {self.num_sequences:,} fit at once")
         return "\n".join(lines)
 
-    def _blocks_per_sequence(self) -> int:
-        return -(-(self.max_model_len or 0) // self.block_size)
+    def _nbytes_per_sequence(self) -> int:
+        return -(-(self.max_model_len or 0) // self.block_size) * self.nbytes_per_block + self.state_nbytes
 
 
 def plan_memory(
@@ -102,20 +106,23 @@ def plan_memory(
     shape = _shape(model_or_config)
     stored = parse_dtype(dtype) or shape.dtype
     per_token = sum(layer.nbytes_per_token(stored) for layer in shape.layers)
-    num_blocks = None if memory_bytes is None else memory_bytes // (per_token * block_size)
-    usable = None if num_blocks is None else max(num_blocks - 1, 0)
-    fits = None if usable is None or max_model_len is None else usable // -(-max_model_len // block_size)
+    per_block, state = per_token * block_size, sum(spec.nbytes for spec in shape.states)
+    num_blocks = None if memory_bytes is None or not per_block else memory_bytes // per_block
+    fits = None
+    if memory_bytes is not None and max_model_len is not None:
+        fits = max(memory_bytes - per_block, 0) // (-(-max_model_len // block_size) * per_block + state)
     return MemoryPlan(
         block_size=block_size,
         dtype=stored,
         layers=shape.layers,
         nbytes_per_token=per_token,
-        nbytes_per_block=per_token * block_size,
+        nbytes_per_block=per_block,
         memory_bytes=memory_bytes,
         num_blocks=num_blocks,
-        num_tokens=None if usable is None else usable * block_size,
+        num_tokens=None if num_blocks is None else max(num_blocks - 1, 0) * block_size,
         max_model_len=max_model_len,
         num_sequences=fits,
+        state_nbytes=state,
     )
 
 

@@ -23,10 +23,10 @@ from pagedkv.models.context import activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.masks import MaskCarriers
 from pagedkv.models.probe import ModelShape, probe_packed
+from pagedkv.models.recurrence import RecurrentState
 from pagedkv.models.replacements import Replacements
 from pagedkv.models.step import OptionsTable, PagedStep
-from pagedkv.storage import StepBatch
-from pagedkv.storage.pool import LayerPool
+from pagedkv.storage import KVStorage, LayerPool, StepBatch
 
 
 class PackedTier:
@@ -46,9 +46,11 @@ class PackedTier:
         name: ``"packed"``.
         attention: name of the backend.
         shape: the model's layers.
+        recurrent_state: ``"none"``: in one row, state would go from one sequence to the next.
     """
 
     name = "packed"
+    recurrent_state: RecurrentState = "none"
 
     def __init__(self, call: ModelCall, replacements: Replacements, *, backend: str | AttentionBackend, block_size: int) -> None:
         model = call.model
@@ -72,9 +74,9 @@ class PackedTier:
         """Name of the backend."""
         return self._backend.name
 
-    def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
+    def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Logits ``[K, V]`` of one step; see ``Tier.forward``. Cost: one forward; our own part is about 25 us a layer and 100 a step."""
-        with self.step(batch, pools) as cache:
+        with self.step(batch, storage.layers) as cache:
             return self._call(batch.token_ids[None], batch.positions[None], cache=cache, columns=batch.logits_indices)[0]
 
     @contextmanager

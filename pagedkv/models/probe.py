@@ -19,12 +19,13 @@ from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import ModelCall
 from pagedkv.models.context import AttentionCall, MaskFunction, StepContext, activate
-from pagedkv.models.facade import CacheFacade, DenseCache, marked_layer
+from pagedkv.models.facade import CacheFacade, marked_layer
 from pagedkv.models.limits import max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers, resolve_mask
 from pagedkv.models.positions import PositionTables
 from pagedkv.models.refusals import refusal
-from pagedkv.storage import LayerSpec
+from pagedkv.models.states import StatefulCache, state_specs
+from pagedkv.storage import LayerSpec, StateSpec
 
 _NUM_TOKENS = 3
 # Tokens that gathered layers pretend to have stored before, so that whoever mistakes new tokens for all of them is seen.
@@ -44,6 +45,7 @@ class ModelShape:
         requests: what layers that read K/V in place ask of attention, without repeats, ``block_size`` still 1.
         gathered: those of ``layer_ids`` whose K/V the model changes after storing them, so that it is given all of them.
         masks: for each of ``layers`` the masks with which its K/V are read, without repeats; none where the model's own code masks.
+        states: the recurrent state that layers keep for each sequence.
     """
 
     layer_ids: tuple[int, ...]
@@ -53,6 +55,7 @@ class ModelShape:
     requests: tuple[AttentionSpec, ...] = ()
     gathered: frozenset[int] = frozenset()
     masks: tuple[tuple[Mask, ...], ...] = ()
+    states: tuple[StateSpec, ...] = ()
 
     @property
     def windows(self) -> tuple[Mask, ...]:
@@ -100,7 +103,7 @@ def probe_packed(call: ModelCall) -> ModelShape:
         with pointed_at_us(configs):
             vocab_size = _record(call, step, CacheFacade(step))
         if step.changed <= changed:
-            return step.shape(name, vocab_size)
+            return step.shape(name, vocab_size, dtype=call.model.dtype)
         changed |= step.changed
 
 
@@ -110,8 +113,12 @@ def probe_dense(call: ModelCall) -> ModelShape:
     Cost: one forward of 3 tokens; no computation on the meta device.
     """
     step = _Recording()
-    vocab_size = _record(call, step, DenseCache(step, 0))
-    return step.shape(type(call.model).__name__, vocab_size)
+    cache = StatefulCache(step, 0, config=call.model.config)
+    vocab_size = _record(call, step, cache)
+    shape = step.shape(type(call.model).__name__, vocab_size, states=state_specs(cache), dtype=call.model.dtype)
+    if shape.layers and not call.takes_mask:
+        raise UnsupportedModelError(f"{type(call.model).__name__}.forward takes no attention_mask: rows of several lengths cannot be told")
+    return shape
 
 
 def _record(call: ModelCall, step: StepContext, cache: Cache) -> int:
@@ -156,15 +163,15 @@ class _Recording:
     def attend(self, call: AttentionCall) -> Tensor:
         raise UnsupportedModelError("the model's own attention was asked for, but it asks ours")
 
-    def shape(self, name: str, vocab_size: int) -> ModelShape:
-        if not self._layers:
+    def shape(self, name: str, vocab_size: int, *, dtype: torch.dtype, states: tuple[StateSpec, ...] = ()) -> ModelShape:
+        """What was noted; ``dtype`` where no K/V were stored."""
+        if not self._layers and not states:
             raise UnsupportedModelError(f"{name} stored no K/V: its layers do not use the cache that they are given")
         if len(self._dtypes) > 1:
             raise UnsupportedModelError(f"{name} stores K/V in several dtypes: {', '.join(sorted(map(str, self._dtypes)))}")
         ids = tuple(sorted(self._layers))
-        return ModelShape(
-            layer_ids=ids, layers=tuple(self._layers[layer] for layer in ids), dtype=next(iter(self._dtypes)), vocab_size=vocab_size
-        )
+        layers = tuple(self._layers[layer] for layer in ids)
+        return ModelShape(ids, layers, dtype=next(iter(self._dtypes), dtype), vocab_size=vocab_size, states=states)
 
 
 class _PackedRecording(_Recording):
@@ -210,11 +217,11 @@ class _PackedRecording(_Recording):
         self._masks.setdefault(layer, {}).setdefault(mask)
         return call.query.new_zeros((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
 
-    def shape(self, name: str, vocab_size: int) -> ModelShape:
+    def shape(self, name: str, vocab_size: int, *, dtype: torch.dtype, states: tuple[StateSpec, ...] = ()) -> ModelShape:
         unread = sorted(set(self._layers) - set(self._masks))
         if unread:
             raise UnsupportedModelError(f"{name} does not read the K/V of layers {unread} through transformers' AttentionInterface")
-        shape = super().shape(name, vocab_size)
+        shape = super().shape(name, vocab_size, dtype=dtype, states=states)
         masks = tuple(tuple(self._masks[layer]) for layer in shape.layer_ids)
         return replace(shape, requests=tuple(self._requests), gathered=self._gathered, masks=masks)
 

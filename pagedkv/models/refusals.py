@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
@@ -16,9 +17,7 @@ from pagedkv.models.adapters import AdaptedModel, unwrapped
 # Short probes do not reach the cases in which these are wrong, so they are named.
 _DENIED = {
     "doge": "its cached and its cache-less forward disagree beyond keep_window_size in transformers itself",
-    "recurrent_gemma": "it keeps recurrent state on its modules",
 }
-_RECURRENT = ("linear", "conv", "mamba", "recurrent", "ssm", "rwkv")
 
 
 def check_model(model: object) -> PreTrainedModel:
@@ -52,9 +51,6 @@ def check_config(config: PreTrainedConfig, *, name: str) -> None:
         reason = _DENIED.get(candidate.model_type)
         if reason is not None:
             raise UnsupportedModelError(f"{name} ({candidate.model_type}): {reason}")
-    for layer_type in getattr(text, "layer_types", None) or ():
-        if any(word in str(layer_type) for word in _RECURRENT):
-            raise UnsupportedModelError(f"{name} has {layer_type} layers, whose state is not paged in this release")
 
 
 def refusal(model: PreTrainedModel, reasons: Mapping[str, str]) -> UnsupportedModelError:
@@ -62,7 +58,15 @@ def refusal(model: PreTrainedModel, reasons: Mapping[str, str]) -> UnsupportedMo
     if len(set(reasons.values())) == 1:
         return UnsupportedModelError(next(iter(reasons.values())))
     each = "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
-    return UnsupportedModelError(f"{type(model).__name__} cannot be run exactly in any way. {each}")
+    kept = _kept_on_modules(model)
+    cause = f" It keeps state on its modules, which belongs to no sequence: {', '.join(kept)}." if kept else ""
+    return UnsupportedModelError(f"{type(model).__name__} cannot be run exactly in any way.{cause} {each}")
+
+
+def _kept_on_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the first tensors that modules hold beside parameters and buffers, as calls have left them."""
+    found = [f"{name}.{key}" for name, module in model.named_modules() for key, value in vars(module).items() if isinstance(value, Tensor)]
+    return found[:2]
 
 
 def _head(model: PreTrainedModel) -> object | None:

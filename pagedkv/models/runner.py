@@ -24,10 +24,11 @@ from pagedkv.models.own_cache import bounded_by_own_cache
 from pagedkv.models.packed import PackedTier
 from pagedkv.models.packed_linears import PackingReport
 from pagedkv.models.positions import RotaryEmbeddings
+from pagedkv.models.recurrence import RecurrentState
 from pagedkv.models.refusals import check_model
 from pagedkv.models.selfcheck import SelfCheck
 from pagedkv.models.tiers import TierName, TierReport, choose_tier
-from pagedkv.storage import KVStorage, LayerSpec
+from pagedkv.storage import KVStorage, LayerSpec, StateSpec, StateStorage
 from pagedkv.storage.batch import StepBatch
 
 
@@ -75,6 +76,7 @@ class ModelRunner:
         device: of the model.
         eos_token_ids: ascending, possibly none.
         report: what the self-check saw.
+        states: the recurrent state that each sequence has.
         tier: which way the model runs, and what was against faster ones.
 
     Cost: about 10 short forwards for each way that is tried, and with packed layers a few readings of all weights.
@@ -111,6 +113,7 @@ class ModelRunner:
         self.report: SelfCheck = choice.check
         self.tier: TierReport = choice.report
         self.layers: tuple[LayerSpec, ...] = choice.tier.shape.layers
+        self.states: tuple[StateSpec, ...] = choice.tier.shape.states
         self.block_size = block_size
         self.dtype = choice.tier.shape.dtype
         self.device = model.device
@@ -120,6 +123,11 @@ class ModelRunner:
         positions = bounded_by_own_cache(self._rotaries.positions, model, choice.tier.shape)
         self.max_positions, self.max_positions_reason = positions.reach, positions.reason
         self.eos_token_ids = eos_token_ids(model)
+
+    @property
+    def recurrent_state(self) -> RecurrentState:
+        """What sequences have beside their K/V; see ``TierReport``."""
+        return self.tier.recurrent_state
 
     @property
     def backend_name(self) -> str:
@@ -141,20 +149,31 @@ class ModelRunner:
         """The model itself, for ordinary use."""
         return self._model
 
-    def new_storage(self, num_blocks: int | Sequence[int]) -> KVStorage:
+    def new_storage(self, num_blocks: int | Sequence[int], *, num_rows: int | None = None) -> KVStorage:
         """Zeroed pools of ``num_blocks`` blocks (the null block included) for this model's layers; the caller owns them.
+
+        Args:
+            num_blocks: in each pool; one number, or one for each layer group.
+            num_rows: rows of the sequence table, each with a slot of recurrent state; needed where the model has any.
 
         Raises:
             PoolAllocationError: the device refused the memory; nothing was kept.
+            ConfigError: the model has recurrent state, and for how many rows was not said.
         """
-        return KVStorage(self.layers, num_blocks=num_blocks, block_size=self.block_size, dtype=self.dtype, device=self.device)
+        state = None
+        if self.states:
+            if num_rows is None:
+                raise ConfigError("num_rows is missing: the model has recurrent state, a slot for each row of the sequence table")
+            state = StateStorage(self.states, num_rows=num_rows, device=self.device)
+        return KVStorage(self.layers, num_blocks=num_blocks, block_size=self.block_size, dtype=self.dtype, device=self.device, state=state)
 
     def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Run one step: write the K/V of its tokens, attend through the block tables, return the wanted logits.
 
         Args:
             batch: the step; its block copies must have been made. Block tables, slots and positions are trusted here.
-            storage: pools made by ``new_storage`` (or of the same geometry).
+            storage: pools made by ``new_storage`` (or of the same geometry). Recurrent state is staged there, and counts when the caller
+                commits it.
 
         Returns:
             ``[K, V]`` float32 on the model's device, one row per entry of ``batch.logits_indices``, in that order.
@@ -171,7 +190,7 @@ class ModelRunner:
         self._check_open()
         self._check_storage(storage)
         with self._rotaries.pinned():
-            return self._tier.forward(batch, storage.layers)[:, : self.vocab_size].float()
+            return self._tier.forward(batch, storage)[:, : self.vocab_size].float()
 
     @contextmanager
     def step(self, batch: StepBatch, storage: KVStorage) -> Iterator[Cache]:
@@ -217,6 +236,7 @@ class ModelRunner:
             or storage.block_size != self.block_size
             or storage.dtype != self.dtype
             or any(pool.spec is not spec and pool.spec != spec for pool, spec in zip(pools, self.layers, strict=True))
+            or self.states != (() if storage.state is None else storage.state.specs)
         ):
             raise ConfigError(
                 f"the storage ({len(pools)} layers, block size {storage.block_size}, {storage.dtype}) is not for this model "

@@ -6,7 +6,6 @@ transformers' own forward of each sequence alone, without any cache; never code 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,14 +18,16 @@ from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import ModelCall
 from pagedkv.models.limits import num_token_ids
 from pagedkv.models.probe import ModelShape
+from pagedkv.models.recurrence import RecurrentState
 from pagedkv.plan import StepPlan
-from pagedkv.storage import BatchBuilder, KVStorage, StepBatch
-from pagedkv.storage.pool import LayerPool
+from pagedkv.storage import BatchBuilder, KVStorage, StateStorage, StepBatch
 
 _SEED = 20260101
 # A window up to this size is crossed for real; a larger one rests on the classification of its mask.
 _MAX_CHECKED_WINDOW = 64
 _MAX_CHECKED_BLOCK = 32
+# Errors of recurrent state add up, so it is followed through so many steps of one token.
+_NUM_SINGLE = 12
 # Largest logit difference, relative to the largest logit. In half precision one token may fall on the other side of a
 # tie (an expert, a rounding), so there a tenth of the positions may exceed the bound, but ranks must agree.
 _BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -64,12 +65,13 @@ class CheckedTier(Protocol):
     """The part of a tier that is checked."""
 
     shape: ModelShape
+    recurrent_state: RecurrentState
 
     @property
     def attention(self) -> str:
         """Name of what attends."""
 
-    def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
+    def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Logits of one step."""
 
 
@@ -77,7 +79,7 @@ def self_check(tier: CheckedTier, call: ModelCall, *, block_size: int, max_posit
     """Compare paged steps with the model's own forward on random tokens, and refuse the tier if they differ.
 
     Ragged sequences in one batch, a prefill in chunks mixed with decodes, chunks of one length with and without a past, permuted
-    blocks, a pool full of NaN, and sequences longer than every window up to 64.
+    blocks, a pool full of NaN, and sequences longer than every window up to 64; with recurrent state, a dozen steps of one token more.
 
     Args:
         tier: what runs steps.
@@ -92,36 +94,48 @@ def self_check(tier: CheckedTier, call: ModelCall, *, block_size: int, max_posit
     """
     model = call.model
     num_ids = num_token_ids(model)
-    lens = _sequence_lens(tier.shape.windows, block_size=block_size, most=max_positions)
+    num_single = 0 if tier.recurrent_state == "none" else _NUM_SINGLE
+    lens = _sequence_lens(tier.shape.windows, block_size=block_size, most=max_positions, num_single=num_single)
+    schedule = _schedule(lens, whole=tier.recurrent_state == "whole", num_single=num_single)
     generator = torch.Generator().manual_seed(_SEED)
     tokens = [torch.randint(0, num_ids, (length,), generator=generator) for length in lens]
     vocab_size = min(tier.shape.vocab_size, num_ids)
     reference = [call.plain(row.to(model.device))[:, :vocab_size].float() for row in tokens]
-    schedule = _schedule(lens)
     paged = [logits[:, :vocab_size].float() for logits in _run(tier, tokens, schedule, block_size=block_size, device=model.device)]
     return _judge(tier, paged, reference, num_steps=len(schedule))
 
 
-def _sequence_lens(windows: tuple[Mask, ...], *, block_size: int, most: int | None) -> tuple[int, ...]:
+def _sequence_lens(windows: tuple[Mask, ...], *, block_size: int, most: int | None, num_single: int) -> tuple[int, ...]:
     longest = min(2 * block_size, _MAX_CHECKED_BLOCK) + 5
     for mask in windows:
         if mask.size <= _MAX_CHECKED_WINDOW:
             longest = max(longest, mask.size + 13)
     if most is not None:
-        longest = min(longest, most)
-    return max(longest, 5), max(longest // 2 + 1, 5), 7 if longest >= 7 else max(longest, 5)
+        longest = min(longest, most - num_single)
+    return max(longest, 5) + num_single, max(longest // 2 + 1, 5), 7 if longest >= 7 else max(longest, 5)
 
 
-def _schedule(lens: tuple[int, ...]) -> list[list[tuple[int, int]]]:
-    """Steps as lists of (sequence, number of tokens), decodes first."""
-    first, second, third = lens
+def _schedule(lens: tuple[int, ...], *, whole: bool = False, num_single: int = 0) -> list[list[tuple[int, int]]]:
+    """Steps as lists of (sequence, number of tokens), decodes first.
+
+    Args:
+        lens: tokens of three sequences.
+        whole: whether prompts come in one piece.
+        num_single: tokens of the first that come one by one after everything else.
+    """
+    first, second, third = lens[0] - num_single, *lens[1:]
     chunk = first - third if first > third else first // 2  # then the second chunk of the first is as long as the third's only one
-    return [
-        [(0, chunk), (1, second - 2)],
-        [(1, 1), (0, first - chunk - 2), (2, third - 2)],
-        [(0, 1), (1, 1), (2, 1)],
-        [(0, 1), (2, 1)],
-    ]
+    if whole:
+        start = [[(0, first - 3), (1, second - 2)], [(0, 1), (1, 1), (2, third - 2)]]
+    else:
+        start = [[(0, chunk), (1, second - 2)], [(1, 1), (0, first - chunk - 2), (2, third - 2)]]
+    return [*start, [(0, 1), (1, 1), (2, 1)], [(0, 1), (2, 1)], *[[(0, 1)]] * num_single]
+
+
+def new_storage(shape: ModelShape, *, num_blocks: int, num_rows: int, block_size: int, device: torch.device) -> KVStorage:
+    """Pools for a model's layers, and state for so many rows if it has any."""
+    state = StateStorage(shape.states, num_rows=num_rows, device=device) if shape.states else None
+    return KVStorage(shape.layers, num_blocks=num_blocks, block_size=block_size, dtype=shape.dtype, device=device, state=state)
 
 
 def _run(
@@ -134,15 +148,19 @@ def _run(
     tables = np.zeros((1, len(tokens), max(needed)), dtype=np.int32)
     for row, count in enumerate(needed):
         tables[0, row, :count] = order[sum(needed[:row]) : sum(needed[: row + 1])]
-    storage = KVStorage(shape.layers, num_blocks=len(order) + 1, block_size=size, dtype=shape.dtype, device=device)
+    storage = new_storage(shape, num_blocks=len(order) + 1, num_rows=len(tokens), block_size=size, device=device)
     try:
         storage.fill(list(range(1, len(order) + 1)), float("nan"))
+        if storage.state is not None:
+            storage.state.fill(np.arange(len(tokens)), float("nan"))
         builder = BatchBuilder(device, size)
         done = [0] * len(tokens)
         parts: list[list[Tensor]] = [[] for _ in tokens]
         for number, step in enumerate(schedule):
             plan = _plan(number, step, tokens=tokens, done=done, tables=tables, block_size=size)
-            logits = tier.forward(builder.build(plan), storage.layers)
+            logits = tier.forward(builder.build(plan), storage)
+            if storage.state is not None:
+                storage.state.commit()
             for (sequence, count), part in zip(step, torch.split(logits, [count for _, count in step]), strict=True):
                 parts[sequence].append(part)
                 done[sequence] += count

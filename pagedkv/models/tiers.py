@@ -6,7 +6,8 @@ Owns the choice and the account of it. What a way is, is said in ``packed.py`` a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Protocol
@@ -21,11 +22,11 @@ from pagedkv.models.call import ModelCall
 from pagedkv.models.dense import DenseTier
 from pagedkv.models.packed import PackedTier
 from pagedkv.models.probe import ModelShape
+from pagedkv.models.recurrence import RecurrentState, reads_state_in_chunks
 from pagedkv.models.refusals import refusal
 from pagedkv.models.replacements import Replacements, Wanted
 from pagedkv.models.selfcheck import SelfCheck, self_check
-from pagedkv.storage import StepBatch
-from pagedkv.storage.pool import LayerPool
+from pagedkv.storage import KVStorage, StepBatch
 
 TierName = Literal["auto", "packed", "dense", "dense-equal"]
 _TIERS = ("packed", "dense", "dense-equal")
@@ -37,21 +38,23 @@ class Tier(Protocol):
     Attributes:
         name: of the way.
         shape: what the model stores.
+        recurrent_state: whether it has recurrent state, and whether a prompt may be split; see ``SchedulerConfig``.
     """
 
     name: str
     shape: ModelShape
+    recurrent_state: RecurrentState
 
     @property
     def attention(self) -> str:
         """Name of the attention backend; ``"own"`` where the model's own attention runs."""
 
-    def forward(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Tensor:
+    def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Write the K/V of a step's tokens, attend over all of their sequences, and compute the logits that are wanted.
 
         Args:
             batch: the step; block tables, slots and positions are trusted.
-            pools: one for each entry of ``shape.layers``.
+            storage: a pool for each entry of ``shape.layers``, and state of ``shape.states``; what becomes of that is staged.
 
         Returns:
             ``[K, shape.vocab_size]``, one row per entry of ``batch.logits_indices``, in that order.
@@ -68,16 +71,21 @@ class TierReport:
         layers: for each layer that stores K/V, how they are read: ``"in place"``, ``"gathered"`` (the model changes them after storing)
             or ``"dense"``.
         masks: for each of them the masks with which they are read; none where the model's own code masks.
+        recurrent_state: what sequences have beside their K/V: ``"none"``; ``"chunked"``, state that goes on from any position; ``"whole"``,
+            state from which the model goes on by one token only, so that prompts are computed in one step.
         rejected: faster ways that were tried, each with the reason against it.
     """
 
     name: str
     layers: tuple[str, ...]
     masks: tuple[tuple[Mask, ...], ...]
+    recurrent_state: RecurrentState
     rejected: Mapping[str, str]
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{count} layers {kind}" for kind, count in Counter(self.layers).items())
+        kinds = ", ".join(f"{count} layers {kind}" for kind, count in Counter(self.layers).items()) or "no K/V"
+        if self.recurrent_state != "none":
+            kinds += f", recurrent state, prompts {'in chunks' if self.recurrent_state == 'chunked' else 'in one piece'}"
         return "; ".join([f"{self.name} ({kinds})", *(f"not {name}: {reason}" for name, reason in self.rejected.items())])
 
 
@@ -133,7 +141,7 @@ def choose_tier(
                 raise
             rejected[name] = _reason(error)
             continue
-        report = TierReport(name, _layer_kinds(tier), tier.shape.masks, MappingProxyType(rejected))
+        report = TierReport(name, _layer_kinds(tier), tier.shape.masks, tier.recurrent_state, MappingProxyType(rejected))
         return Choice(tier, replacements, check, report)
     raise refusal(model, rejected)
 
@@ -159,10 +167,22 @@ def _proven(tier: Tier, call: ModelCall, replacements: Replacements, *, block_si
     # the model's modules, the model passes without, and if not, it fails again.
     while True:
         try:
-            return self_check(tier, call, block_size=block_size, max_positions=max_positions)
+            return _checked(tier, call, block_size=block_size, max_positions=max_positions)
         except Exception as error:
             if not replacements.give_up(f"the self-check failed with it: {error}"):
                 raise
+
+
+def _checked(tier: Tier, call: ModelCall, *, block_size: int, max_positions: int | None) -> SelfCheck:
+    """The self-check in chunks, or with prompts in one piece where the model does not go on from its state with several tokens at once."""
+    if tier.recurrent_state == "none":
+        return self_check(tier, call, block_size=block_size, max_positions=max_positions)
+    if reads_state_in_chunks(call, tier.shape.states):
+        tier.recurrent_state = "chunked"
+        with suppress(UnsupportedModelError):
+            return self_check(tier, call, block_size=block_size, max_positions=max_positions)
+    tier.recurrent_state = "whole"
+    return self_check(tier, call, block_size=block_size, max_positions=max_positions)
 
 
 def _layer_kinds(tier: Tier) -> tuple[str, ...]:

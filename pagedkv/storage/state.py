@@ -136,17 +136,20 @@ class StateStorage:
                 tensor.index_copy_(0, index, tensors[name])
             self.lens[rows] = lens
 
-    def start(self, row: int) -> None:
-        """Forget a row's state: another sequence begins in it."""
-        self.lens[row] = 0
+    def follow(self, row: int, source: int | None) -> None:
+        """Go along with a sequence that got a row.
 
-    def copy(self, source: int, target: int) -> None:
-        """Give one row the state of another, from which its sequence was forked."""
-        if source == target:
-            return
-        for tensor in self._live().values():
-            tensor[target].copy_(tensor[source])
-        self.lens[target] = self.lens[source]
+        Args:
+            row: the row.
+            source: the row of the sequence that it was forked from, whose state it gets (maybe the same); None for one that begins,
+                whatever the row held.
+        """
+        if source is None:
+            self.lens[row] = 0
+        elif source != row:
+            for tensor in self._live().values():
+                tensor[row].copy_(tensor[source])
+            self.lens[row] = self.lens[source]
 
     def fill(self, rows: Int64Array, value: float) -> None:
         """Set the whole state of some rows to one value: poison them in a test."""

@@ -68,6 +68,7 @@ class HashStorage:
     """One stamp a slot, ``[num_blocks, block_size]``; fresh and filled blocks hold what no token has for a stamp."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.state: None = None  # stamps are all there is
         self.slots: _UInt64Array = np.full((num_blocks, block_size), _POISON, dtype=np.uint64)
 
     @property
@@ -120,10 +121,11 @@ class HashModel:
         self.max_positions = max_positions
         self.max_positions_reason: str | None = None
         self.eos_token_ids: tuple[int, ...] = ()
+        self.recurrent_state = "none"
         self.device = "cpu"
         self.namespaces_of = namespaces_of
 
-    def new_storage(self, num_blocks: int) -> HashStorage:
+    def new_storage(self, num_blocks: int, *, num_rows: int | None = None) -> HashStorage:
         """Stamps for so many blocks."""
         return HashStorage(num_blocks, self.block_size)
 

@@ -44,19 +44,22 @@ class SimulatedRunner:
         self.vocab_size, self.num_token_ids = inner.vocab_size, inner.num_token_ids
         self.max_positions, self.max_positions_reason = inner.max_positions, inner.max_positions_reason
         self.eos_token_ids = inner.eos_token_ids
+        self.recurrent_state = inner.recurrent_state
         self.fault: Fault | None = None
         self.digest = hashlib.sha256()
         self.plan: StepPlan | None = None
         self.num_spoilt = 0
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of that plan."""
-        return 0 if self.plan is None else self.plan.num_tokens
+    def num_counted_tokens(self) -> int:
+        """Tokens of that plan that count for the budget of a step: all, or those of prompts where they come whole."""
+        if self.plan is None:
+            return 0
+        return self.plan.num_tokens - (self.plan.num_decodes if self.recurrent_state == "whole" else 0)
 
-    def new_storage(self, num_blocks: int) -> KVStorage:
+    def new_storage(self, num_blocks: int, *, num_rows: int) -> KVStorage:
         """The model's own."""
-        return self._inner.new_storage(num_blocks)
+        return self._inner.new_storage(num_blocks, num_rows=num_rows)
 
     def altered(self) -> bool:
         """As the model says."""

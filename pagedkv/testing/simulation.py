@@ -169,7 +169,8 @@ class _Simulation:
             self.engine.add_request(job.name, job.as_prompt(), job.params())
         except RequestTooLargeError as refusal:
             self.report.num_refused += 1
-            if job.n == 1 and job.num_tokens <= min(self.setting.max_model_len, self.setting.capacity):
+            too_long = self.runner.recurrent_state == "whole" and len(job.prompt) > self.setting.max_num_batched_tokens
+            if job.n == 1 and job.num_tokens <= min(self.setting.max_model_len, self.setting.capacity) and not too_long:
                 raise ViolationError("liveness", f"{job} was refused although it fits alone") from None
             self._tell("refused", refusal, job)
             return
@@ -240,7 +241,8 @@ class _Simulation:
         self.report.num_errors += errors
         if self.report.num_errors > self.runner.num_spoilt:
             raise ViolationError("liveness", f"{name} ended with {output.error!r}, and nothing was wrong with it")
-        if not self.setting.with_preemptions and output.metrics.num_preemptions > _MAX_PREEMPTIONS * job.n:
+        restarts = self.report.num_failed_steps + self.report.num_spoilt if self.runner.recurrent_state != "none" else 0
+        if not (self.setting.with_preemptions or restarts) and output.metrics.num_preemptions > _MAX_PREEMPTIONS * job.n:
             raise ViolationError("liveness", f"{name} was preempted {output.metrics.num_preemptions} times")
         self._verify_tokens(job, output)
 
@@ -286,8 +288,9 @@ class _Simulation:
             raise ViolationError("accounting", f"{running} continuations hold {now.cache.num_seqs} sequences, {now.num_running} run")
         if now.num_running > self.setting.max_num_seqs:
             raise ViolationError("accounting", f"{now.num_running} sequences run, {self.setting.max_num_seqs} may")
-        if self.runner.num_tokens > self.setting.max_num_batched_tokens:
-            raise ViolationError("accounting", f"a step of {self.runner.num_tokens} tokens, {self.setting.max_num_batched_tokens} may be")
+        if self.runner.num_counted_tokens > self.setting.max_num_batched_tokens:
+            most = self.setting.max_num_batched_tokens
+            raise ViolationError("accounting", f"a step of {self.runner.num_counted_tokens} tokens, {most} may be")
         self.report.num_preemptions = now.num_preemptions
         self.report.num_hit_tokens, self.report.num_copies = now.cache.num_hit_tokens, now.cache.num_copies
         self.report.num_evicted = sum(group.num_evicted for group in now.cache.groups)
@@ -297,6 +300,8 @@ class _Simulation:
         if oldest is None or oldest[0] not in self.live:
             return
         name, index, handle = oldest
+        if self.runner.recurrent_state != "none" and self.runner.fault is not None:
+            return  # a fork whose first step fails starts again
         done = any(each.index == index and each.finish_reason for each in self.latest[name].outputs) if name in self.latest else False
         if not done and self._handle(name, index) != handle:
             raise ViolationError("liveness", f"{name} continuation {index} was the oldest that ran, and was preempted")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from state_models import state_model
 from tier_models import tier_model
 
 from pagedkv.attention.native import library
@@ -52,6 +53,18 @@ def test_doctor_of_a_model_that_runs_dense_says_why_not_faster(capsys: pytest.Ca
     assert "AttentionInterface" in found["tier"]["reasons"][0]
     assert main(["doctor", str(tmp_path), "--tier", "packed"]) == 1
     assert "BloomForCausalLM: refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "prompts"), [("lfm2", "in chunks"), ("mamba", "in one piece")])
+def test_doctor_model_with_recurrent_state_says_what_that_rules_out(
+    name: str, prompts: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    state_model(name).save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["recurrent state"]
+    assert "bytes a sequence" in found["found"]
+    assert "prefixes are not cached" in str(found)
+    assert prompts in str(found)
 
 
 def test_doctor_model_that_is_not_there_ends_with_status_1_and_the_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

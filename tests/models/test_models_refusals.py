@@ -44,12 +44,9 @@ SPARSE = {
     "index_n_heads": 32,
     "index_head_dim": 8,
 }
-MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v32", {**BASE, **SPARSE}, "indexer"),
     ("openai-gpt", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}, "no past_key_values"),
-    ("mamba", MAMBA, "whose state is not paged"),
-    ("lfm2", {**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "conv layers"),
     ("doge", BASE, "keep_window_size"),
 ]
 

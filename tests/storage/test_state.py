@@ -56,17 +56,17 @@ def test_state_of_another_position_is_refused() -> None:
     put(state, [0, 1], [4, 6])
     with pytest.raises(InvariantError, match="row 1 goes on from 5 tokens, but 6"):
         state.read(np.array([0, 1]), np.array([4, 5], dtype=np.int32))
-    state.start(1)
+    state.follow(1, None)
     with pytest.raises(InvariantError, match="but 0 went"):
         state.check(np.array([1]), np.array([6], dtype=np.int32))
     state.check(np.array([1]), np.array([0], dtype=np.int32))
 
 
-def test_state_copy_gives_a_fork_what_its_source_has() -> None:
+def test_state_follow_gives_a_fork_what_its_source_has() -> None:
     state = make_state()
     put(state, [2], [8])
-    for target in (2, 0, 4):
-        state.copy(2, target)
+    for row, source in ((2, 2), (0, 2), (4, 0)):
+        state.follow(row, source)
     assert first(state, [0, 2, 4], [8, 8, 8]) == [2.0, 2.0, 2.0]
     put(state, [2], [9], 10.0)
     assert first(state, [0, 2, 4], [8, 9, 8]) == [2.0, 12.0, 2.0]
