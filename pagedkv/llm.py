@@ -297,8 +297,13 @@ class LLM:
             raise InvalidRequestError("the list of prompts is empty")
         parsed = [self._parse(prompt) for prompt in several]  # once: what follows takes the token ids
         work = list(zip(parsed, as_params_list(sampling_params, len(several)), strict=True))
+        if self._engine is not None and self._engine.is_broken:
+            self._engine.close()
+            self._engine = None
         if self._fixed_blocks is None:
             self._size_pool(work)
+        elif self._engine is None:
+            self._engine = self._new_engine(self._fixed_blocks)
         for prompt, wanted in work:
             self.engine.check_request(prompt, wanted)
         return work
@@ -361,7 +366,8 @@ class LLM:
         finally:
             for request_id in list(mine):
                 self._forget(mine, request_id)
-                engine.abort(request_id)
+                if not engine.is_broken:
+                    engine.abort(request_id)
 
     def _step(self, engine: Engine) -> None:
         """Make a step, and give each output to the call that asked for it; of one that was left, to nobody."""

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pagedkv import LLM, SamplingParams, plan_memory
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PoolAllocationError, RequestTooLargeError, StepError
 from pagedkv.models.memory import free_memory
+from pagedkv.scheduling import Scheduler
+from pagedkv.testing.faults import Fault, failing_calls
 
 NBYTES_PER_BLOCK = 4 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, elements, bytes
 
@@ -210,3 +212,18 @@ def test_reset_of_the_prefix_cache_makes_the_prefixes_of_all_salts_unfindable(mo
             assert [output.num_cached_tokens for output in outputs] == [hits, hits]
         assert llm.reset_prefix_cache() == 2 * 6
         assert [output.num_cached_tokens for output in llm.generate(prompts, greedy(1), use_tqdm=False)] == [0, 0]
+
+
+@pytest.mark.parametrize("num_blocks", [None, 30])
+def test_engine_that_an_interrupt_has_broken_is_replaced_for_the_next_work(model: PreTrainedModel, num_blocks: int | None) -> None:
+    with make_llm(model, None, num_blocks=num_blocks) as llm:
+        (before,) = llm.generate([[5, 6, 7]], greedy(), use_tqdm=False)
+        engine = llm.engine
+        with pytest.raises(KeyboardInterrupt), failing_calls(Scheduler, "take_ended", Fault(0, error=KeyboardInterrupt)):
+            llm.generate([[5, 6, 8]], greedy(), use_tqdm=False)
+        assert engine.is_broken
+        (after,) = llm.generate([[5, 6, 7]], greedy(), use_tqdm=False)
+        assert after.outputs == before.outputs
+        assert llm.engine is not engine
+        assert llm.engine.num_usable_blocks == engine.num_usable_blocks
+        assert llm.engine.num_blocks_in_use == 0
