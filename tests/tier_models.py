@@ -55,8 +55,10 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": ("gpt_neo", {**_IDS, **_NEO, "attention_types": [[["global", "local"], 1]]}),
     "codegen": ("codegen", {**_GPT, "rotary_dim": 4, "n_ctx": 256}),
     "xglm": ("xglm", _XGLM),
+    "deepseek_v32": ("deepseek_v32", {**_LATENT, "index_topk": 6, "index_n_heads": 32, "index_head_dim": 8}),
 }
-"""Models without transformers' attention interface. Those of bloom, falcon_alibi and mpt know positions by ALiBi; gpt_neo has windows."""
+"""Models without transformers' attention interface: bloom, falcon_alibi and mpt know positions by ALiBi, gpt_neo has windows. And one
+with it whose layers choose 6 keys each, for which they compute on the mask."""
 
 EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("bart", {**_IDS, **_BART, **_FEED, "is_decoder": True, "is_encoder_decoder": False, "forced_eos_token_id": None}),

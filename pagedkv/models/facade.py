@@ -26,6 +26,11 @@ def marked_layer(key: Tensor, value: Tensor) -> int | None:
     return layer if layer is not None and getattr(value, _VALUE_MARK, None) == layer else None
 
 
+def indexer_id(layer_idx: int) -> int:
+    """The number under which the indexer keys of a layer are stored beside its K/V: a negative one, which is no layer's."""
+    return -1 - layer_idx
+
+
 class StepCache(Cache):
     """What every cache of ours answers. Made per step; holds nothing after it."""
 
@@ -102,8 +107,8 @@ class StepCache(Cache):
         _refuse_recurrent()
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        """Refuses: sparse attention chooses its keys through the mask."""
-        raise UnsupportedModelError("the model chooses its keys with an indexer (sparse attention), which is not supported in this release")
+        """Refuses: sparse attention chooses its keys through the mask, which a model must have for that."""
+        raise UnsupportedModelError("the model chooses its keys with an indexer (sparse attention), for which it needs all of them at hand")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Refuses: sequences are forked through their block tables."""
@@ -150,6 +155,15 @@ class DenseCache(StepCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store ``[R, Hkv, Q, D]`` keys and values of a layer; returns those of the whole rows, ``[R, Hkv, K, D]``."""
         return self._step.update(key_states, value_states, layer_idx) or (key_states, value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Store the ``[R, Q, D]`` keys by which a layer of sparse attention chooses; returns those of the whole rows, ``[R, K, D]``.
+
+        They are stored as one more layer of one head: the first half of each as its K, the second as its V.
+        """
+        heads = indexer_key_states[:, None]
+        half = heads.shape[-1] // 2
+        return torch.cat(self.update(heads[..., :half], heads[..., half:], indexer_id(layer_idx)), dim=-1)[:, 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens, pads included, before the new ones."""

@@ -38,7 +38,8 @@ class ModelShape:
     """What one forward showed about a model.
 
     Attributes:
-        layer_ids: transformers' layer indices that store K/V, ascending; layer ``i`` of a storage is ``layer_ids[i]``.
+        layer_ids: transformers' layer indices that store K/V, ascending; layer ``i`` of a storage is ``layer_ids[i]``. Before them come
+            negative ones for what indexers store, see ``facade.indexer_id``.
         layers: the geometry of each of them.
         dtype: dtype of K and V.
         vocab_size: width of the logits.

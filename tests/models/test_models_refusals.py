@@ -26,26 +26,7 @@ BASE = {
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-SPARSE = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "index_topk": 6,
-    "index_n_heads": 32,
-    "index_head_dim": 8,
-}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("deepseek_v32", {**BASE, **SPARSE}, "indexer"),
     ("openai-gpt", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}, "no past_key_values"),
     ("doge", BASE, "keep_window_size"),
 ]
