@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from pagedkv.generation import CachePool, PagedCache
     from pagedkv.llm import LLM
     from pagedkv.models import MemoryPlan, ModelRunner, plan_memory
-    from pagedkv.outputs import CompletionOutput, RequestOutput
+    from pagedkv.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+    from pagedkv.pooling import PoolingParams
     from pagedkv.sampling import SamplingParams
 
 _HOMES = {
     "LLM": "llm",
     "CachePool": "generation",
     "CompletionOutput": "outputs",
+    "EmbeddingOutput": "outputs",
+    "EmbeddingRequestOutput": "outputs",
     "Engine": "engine",
     "EngineConfig": "engine",
     "EngineStatistics": "engine",
@@ -29,6 +32,7 @@ _HOMES = {
     "ModelRunner": "models",
     "PagedCache": "generation",
     "PagedKVError": "errors",
+    "PoolingParams": "pooling",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
     "plan_memory": "models",
@@ -38,6 +42,8 @@ __all__ = [
     "LLM",
     "CachePool",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Engine",
     "EngineConfig",
     "EngineStatistics",
@@ -45,6 +51,7 @@ __all__ = [
     "ModelRunner",
     "PagedCache",
     "PagedKVError",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "plan_memory",

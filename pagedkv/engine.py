@@ -24,6 +24,7 @@ from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
 from pagedkv.plan import Int64Array, StepPlan
 from pagedkv.poisoning import Poison
+from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams, without_prompt_logits
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
 from pagedkv.responses import Response, with_texts
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
@@ -165,6 +166,7 @@ class Engine:
         self._batches = BatchBuilder(runner.device, runner.block_size)
         self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
         self._responses: dict[str, Response] = {}
+        self._poolers: dict[str, Pooler] = {}  # of those that have one
         self._seating = Seating(runner, self._sampler, tokenizer=tokenizer, seed=config.seed, num_rows=limits.max_running)
         self._ready: list[RequestOutput] = []
         self._num_requests = 0
@@ -268,7 +270,7 @@ class Engine:
         self,
         request_id: str,
         prompt: Prompt | ParsedPrompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         stream: bool = True,
         priority: int | None = None,
@@ -278,7 +280,8 @@ class Engine:
         Args:
             request_id: names it; free again when it has ended.
             prompt: text, token ids, or a dict (``PromptDict``).
-            params: how to sample; defaults when not given.
+            params: how to sample, defaults when not given; or what of the prompt's hidden states is wanted in place of a continuation, see
+                ``RequestOutput.embedding``.
             stream: whether every step that brings it a token delivers an output, or only its end does.
             priority: lower goes first, under a policy that looks at it; overrides the prompt's.
 
@@ -289,9 +292,14 @@ class Engine:
         self._check_ready()
         checks.text("request id", request_id, error=InvalidRequestError)
         checks.flag("stream", stream, error=InvalidRequestError)
-        params = SamplingParams() if params is None else params
+        pooling, params = (
+            (params, ONLY_PROMPT) if isinstance(params, PoolingParams) else (None, SamplingParams() if params is None else params)
+        )
         parsed = self._parse(prompt, params)
         request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
+        if pooling is not None:
+            self._runner.check_hidden_states()
+            request = replace(request, wants_prompt_logits=pooling.whole_prompt)
         if not self._scheduler.has_unfinished and self._runner.altered():
             self.reset_prefix_cache()  # what the model computed before is not what it would compute now
         with self._change:
@@ -301,7 +309,9 @@ class Engine:
                 self._change.depth = 0
                 raise
             self._num_requests += 1
-            self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
+            response = self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
+            if pooling is not None:
+                response.pooler = self._poolers[request_id] = Pooler(pooling, len(parsed.token_ids))
 
     def check_request(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
@@ -386,6 +396,7 @@ class Engine:
             self._closed = True
             self._storage.close()
             self._responses.clear()
+            self._poolers.clear()
             self._seating.clear()
 
     # How it is done.
@@ -397,11 +408,20 @@ class Engine:
                 if self._state is not None:
                     self._follow(self._state)
                 self._seating.assign(self._scheduler, self._responses)
+                pooled = self._pooled(plan) if self._poolers else {}
+                if pooled:
+                    plan = without_prompt_logits(plan, list(pooled))
                 batch = self._batches.build(plan)
                 self._storage.copy_blocks(plan.copies)
                 if self._poison is not None:
                     self._poison.spread(plan)
-                logits = self._runner.forward(batch, self._storage)
+                if pooled:
+                    logits, states = self._runner.forward_with_hidden_states(batch, self._storage)
+                    for seq, pooler in pooled.items():
+                        first, end = plan.cu_seqlens_q[seq : seq + 2].tolist()
+                        pooler.take(int(plan.positions[first]), states[first:end])
+                else:
+                    logits = self._runner.forward(batch, self._storage)
                 sampled = self._sample(plan, logits)
                 self._book_prompt_logits(plan, logits)
                 return sampled
@@ -417,6 +437,11 @@ class Engine:
         for each in pending[done:]:
             state.follow(each.row, each.source_row)
             self._followed = each
+
+    def _pooled(self, plan: StepPlan) -> dict[int, Pooler]:
+        """The poolers of a step, by the place of their sequences in its plan."""
+        owners = ((seq, self._seating.owner(row)[0]) for seq, row in enumerate(plan.rows.tolist()))
+        return {seq: response.pooler for seq, response in owners if response.pooler is not None}
 
     def _undo(self) -> None:
         """Take back a plan that was not completed: whatever stopped the step, an interrupt from the keyboard too, all is as before it."""
@@ -480,6 +505,7 @@ class Engine:
             response = self._responses[request_id]
             if response.record.finished:
                 del self._responses[request_id]
+                self._poolers.pop(request_id, None)
             elif not response.stream:
                 continue
             self._ready.append(response.output())

@@ -24,7 +24,8 @@ from pagedkv.engine import Engine, EngineConfig, EngineStatistics, limit_reason,
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import AdaptedModel, ModelRunner, TierName, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
-from pagedkv.outputs import RequestOutput
+from pagedkv.outputs import EmbeddingRequestOutput, RequestOutput
+from pagedkv.pooling import ONLY_PROMPT, PoolingParams
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
@@ -190,18 +191,7 @@ class LLM:
             raise InvalidRequestError(f"streamer is {shown(streamer)}: it needs put() and end(), as transformers' TextStreamer has")
         if streamer is not None and (len(work) != 1 or work[0][1].n != 1):
             raise InvalidRequestError(f"a streamer takes one prompt with n=1, got {len(work)} prompts")
-        results: dict[str, RequestOutput] = {}
-        outputs = self._run(work, stream=streamer is not None)
-        feed = _StreamerFeed(streamer) if streamer is not None else None
-        with tqdm(total=len(work), disable=not use_tqdm or None, desc="prompts", unit="prompt", dynamic_ncols=True) as bar:
-            progress = _Progress(bar, self)
-            for output in outputs:
-                if feed is not None:
-                    feed.take(output)
-                if output is not None and output.finished:
-                    results[output.request_id] = output
-                progress.update(len(results))
-        return [results[request_id] for request_id in sorted(results, key=int)]
+        return self._finished(work, use_tqdm=use_tqdm, streamer=streamer)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -250,6 +240,36 @@ class LLM:
             )
             prompts.append({"prompt_token_ids": cast("list[int]", ids)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The last hidden states of prompts, pooled; batched, in chunks, and for those of the last token with cached prefixes.
+
+        Args:
+            prompts: as for ``generate``; one token less than ``max_model_len`` each at most.
+            pooling_params: which of the hidden states; by default those of the last token, as the model has them.
+            use_tqdm: whether to show a progress bar.
+
+        Returns:
+            Outputs in the order of the prompts; ``output.outputs.embedding`` is a float32 array.
+
+        Raises:
+            InvalidRequestError: any prompt or parameter cannot be served; then nothing is started.
+            UnsupportedModelError: the model's hidden states cannot be taken.
+            StepError: a forward pass failed; what was started by this call is ended.
+        """
+        pooling = PoolingParams() if pooling_params is None else pooling_params
+        if not isinstance(pooling, PoolingParams):
+            raise InvalidRequestError(f"pooling_params is {shown(pooling_params)}: it must be PoolingParams(...)")
+        flag("use_tqdm", use_tqdm, error=InvalidRequestError)
+        work = self._work(prompts, ONLY_PROMPT)
+        self._runner.check_hidden_states()
+        return [EmbeddingRequestOutput.of(output) for output in self._finished(work, use_tqdm=use_tqdm, pooling=pooling)]
 
     def reset_prefix_cache(self) -> int:
         """Make all cached prefixes unfindable; returns how many blocks that were. For when: see ``Engine.reset_prefix_cache``."""
@@ -342,7 +362,31 @@ class LLM:
             self._engine = None  # should the larger pool be refused, the next work starts afresh
         self._engine = self._new_engine(blocks)
 
-    def _run(self, work: list[tuple[ParsedPrompt, SamplingParams]], *, stream: bool) -> Iterator[RequestOutput | None]:
+    def _finished(
+        self,
+        work: list[tuple[ParsedPrompt, SamplingParams]],
+        *,
+        use_tqdm: bool,
+        streamer: Streamer | None = None,
+        pooling: PoolingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Do the work to its end, with a progress bar; its outputs in its order."""
+        results: dict[str, RequestOutput] = {}
+        outputs = self._run(work, stream=streamer is not None, pooling=pooling)
+        feed = _StreamerFeed(streamer) if streamer is not None else None
+        with tqdm(total=len(work), disable=not use_tqdm or None, desc="prompts", unit="prompt", dynamic_ncols=True) as bar:
+            progress = _Progress(bar, self)
+            for output in outputs:
+                if feed is not None:
+                    feed.take(output)
+                if output is not None and output.finished:
+                    results[output.request_id] = output
+                progress.update(len(results))
+        return [results[request_id] for request_id in sorted(results, key=int)]
+
+    def _run(
+        self, work: list[tuple[ParsedPrompt, SamplingParams]], *, stream: bool, pooling: PoolingParams | None = None
+    ) -> Iterator[RequestOutput | None]:
         """Submit the work and step until it is done; yields its outputs, and None after each step."""
         engine = self.engine
         mine: dict[str, None] = {}
@@ -350,7 +394,7 @@ class LLM:
         try:
             for prompt, params in work:
                 request_id = str(self._num_requests)
-                engine.add_request(request_id, prompt, params, stream=stream)
+                engine.add_request(request_id, prompt, params if pooling is None else pooling, stream=stream)
                 self._num_requests += 1
                 mine[request_id] = None
                 self._inboxes[request_id] = inbox

@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from pagedkv.errors import PagedKVError
 from pagedkv.sampling.values import Logprob, TokenLogprobs
 
+Float32Array = npt.NDArray[np.float32]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -112,6 +116,7 @@ class RequestOutput:
         finished: whether every sample has ended.
         prompt_logprobs: one entry per prompt token when asked for, the first ``None`` because nothing comes before it.
         error: what ended the request, when its finish reason is ``"error"``.
+        embedding: ``[H]`` float32, or ``[P, H]``, read-only; of a request for hidden states that ended well, which has no ``outputs``.
     """
 
     request_id: str
@@ -124,6 +129,54 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: tuple[Mapping[int, Logprob] | None, ...] | None = None
     error: PagedKVError | None = field(default=None, compare=False)  # errors compare by identity
+    embedding: Float32Array | None = field(default=None, compare=False)  # arrays do not compare to one answer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingOutput:
+    """The hidden states of a prompt, pooled.
+
+    Attributes:
+        embedding: ``[H]`` float32, or ``[P, H]`` where those of all tokens were wanted; read-only.
+    """
+
+    embedding: Float32Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingRequestOutput:
+    """What ``LLM.embed`` gives for one prompt.
+
+    Attributes:
+        request_id: the id it was submitted under.
+        prompt: the prompt as text, ``None`` when it came as token ids.
+        prompt_token_ids: the prompt as token ids.
+        outputs: the embedding; None where an error ended the request.
+        num_cached_tokens: prompt tokens that the prefix cache served.
+        metrics: when things happened.
+        error: what ended the request, if anything did.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: EmbeddingOutput | None
+    num_cached_tokens: int
+    metrics: RequestMetrics
+    error: PagedKVError | None = None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> EmbeddingRequestOutput:
+        """What an engine delivered for a request for hidden states."""
+        return cls(
+            request_id=output.request_id,
+            prompt=output.prompt,
+            prompt_token_ids=output.prompt_token_ids,
+            outputs=None if output.embedding is None else EmbeddingOutput(output.embedding),
+            num_cached_tokens=output.num_cached_tokens,
+            metrics=output.metrics,
+            error=output.error,
+        )
 
 
 def _since(start: float, end: float | None) -> float | None:

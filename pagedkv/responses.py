@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pagedkv.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pagedkv.pooling import Pooler
 from pagedkv.sampling import IncrementalDetokenizer, Logprob, SamplingParams, StopStrings, Tokenizer, TokenLogprobs
 from pagedkv.scheduling import Branch, RequestRecord
 
@@ -84,6 +85,7 @@ class Response:
     Attributes:
         text: the prompt as text, if it came so.
         stream: whether an output is wanted for every step.
+        pooler: takes the prompt's hidden states, where they and not a continuation are wanted.
     """
 
     record: RequestRecord
@@ -91,6 +93,7 @@ class Response:
     tokenizer: Tokenizer | None
     text: str | None
     stream: bool
+    pooler: Pooler | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])  # nothing comes before the first token
 
@@ -123,11 +126,13 @@ class Response:
         """A frozen copy of everything so far."""
         record = self.record
         prompt_logprobs = tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
+        branches = sorted(record.branches, key=lambda one: one.index) if self.pooler is None else []
+        pooled = self.pooler is not None and record.finished and all(branch.finish_reason == "length" for branch in record.branches)
         return RequestOutput(
             request_id=record.request.request_id,
             prompt=self.text,
             prompt_token_ids=tuple(record.request.prompt_token_ids.tolist()),
-            outputs=tuple(self.completion(branch.index).output(branch) for branch in sorted(record.branches, key=lambda one: one.index)),
+            outputs=tuple(self.completion(branch.index).output(branch) for branch in branches),
             num_cached_tokens=record.num_cached_tokens,
             metrics=RequestMetrics(
                 arrival_time=record.arrival_time,
@@ -140,6 +145,7 @@ class Response:
             finished=record.finished,
             prompt_logprobs=prompt_logprobs,
             error=record.error,
+            embedding=self.pooler.result() if self.pooler is not None and pooled else None,
         )
 
 

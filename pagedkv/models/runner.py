@@ -19,6 +19,7 @@ from pagedkv.errors import ClosedError, ConfigError, UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel
 from pagedkv.models.alterations import Alterations
 from pagedkv.models.fusion import FusionReport
+from pagedkv.models.hidden_states import HiddenStates
 from pagedkv.models.limits import eos_token_ids, num_token_ids
 from pagedkv.models.own_cache import bounded_by_own_cache
 from pagedkv.models.packed import PackedTier
@@ -109,6 +110,7 @@ class ModelRunner:
             )
         self._tier, self._replacements = choice.tier, choice.replacements
         self._alterations = Alterations(model)
+        self._hidden_states = HiddenStates(model)
         self._closed = False
         self.report: SelfCheck = choice.check
         self.tier: TierReport = choice.report
@@ -191,6 +193,28 @@ class ModelRunner:
         self._check_storage(storage)
         with self._rotaries.pinned():
             return self._tier.forward(batch, storage)[:, : self.vocab_size].float()
+
+    def check_hidden_states(self) -> None:
+        """Raise ``UnsupportedModelError`` where ``forward_with_hidden_states`` cannot be used; a forward of 3 tokens the first time."""
+        self._check_open()
+        self._hidden_states.body()
+
+    def forward_with_hidden_states(self, batch: StepBatch, storage: KVStorage) -> tuple[Tensor, Tensor]:
+        """``forward``, and the last hidden states of the step's tokens beside it.
+
+        Arguments and errors as for ``forward``, and:
+
+        Returns:
+            the logits, and ``[T, H]`` ``last_hidden_state`` of the model's body, in the model's dtype.
+
+        Raises:
+            UnsupportedModelError: the model does not give them.
+
+        Cost: the first time a forward of 3 tokens more, and a copy of the hidden states.
+        """
+        with self._hidden_states.taken(batch.plan.num_tokens) as states:
+            logits = self.forward(batch, storage)
+        return logits, states[0]
 
     @contextmanager
     def step(self, batch: StepBatch, storage: KVStorage) -> Iterator[Cache]:
