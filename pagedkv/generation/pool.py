@@ -205,7 +205,7 @@ class CachePool:
 
     @property
     def peak_blocks_in_use(self) -> int:
-        """The most blocks that were held at once."""
+        """The most blocks that were held at once, since ``reset_peak``."""
         return self._peak
 
     def check(self) -> None:
@@ -221,6 +221,11 @@ class CachePool:
             (free,) = self._manager.free_block_ids()
             self._storage.fill(free, value)
             return len(free)
+
+    def reset_peak(self) -> None:
+        """Begin to look for the most blocks anew."""
+        with self._exclusive():
+            self._peak = self._manager.num_usable_blocks - self._manager.num_available_blocks
 
     def purge(self, namespace: str) -> int:
         """Forget the prefixes cached under a namespace, because weights have changed, say; returns how many blocks that were."""

@@ -144,7 +144,7 @@ class Rows:
                 f"the cache holds {self.num_rows} rows and the forward has {num_rows}: use a new cache, or batch_repeat_interleave or "
                 "batch_select_indices to change its rows"
             )
-        if not self.num_rows:
+        if not self.num_rows or (seen is None and self._stored.all()):
             return False
         stored = self._stored[self._owner]
         wanted = np.ones_like(stored) if seen is None else seen
@@ -307,6 +307,8 @@ class Rows:
 
     def _fork(self, growth: Growth, origin: Int64Array) -> None:
         """Give every sequence but the first that comes from another a handle of its own."""
+        if len(origin) == len(self._seqs):
+            return
         _, first, counts = np.unique(origin, return_index=True, return_counts=True)
         for place, count in zip(first[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
             seq = int(growth.seqs[place])
@@ -333,11 +335,14 @@ class Rows:
         growth.computed = counts[active] - cached[active]
         if not len(active):
             return
-        growth.extension = self._manager.extend(growth.seqs[active], growth.computed)
+        by_one = bool((growth.computed == 1).all())
+        growth.extension = self._manager.extend(growth.seqs[active], 1 if by_one else growth.computed)
         places, columns = seen[active].nonzero()
-        rank = np.arange(len(places)) - np.repeat(np.cumsum(counts[active]) - counts[active], counts[active])
-        computed = rank >= cached[active][places]
-        growth.token_rows, growth.token_columns = growth.leaders[active][places[computed]], columns[computed]
+        if cached.any():
+            rank = np.arange(len(places)) - np.repeat(np.cumsum(counts[active]) - counts[active], counts[active])
+            computed = rank >= cached[active][places]
+            places, columns = places[computed], columns[computed]
+        growth.token_rows, growth.token_columns = growth.leaders[active][places], columns
 
     def _check_lengths(self, lengths: Int64Array) -> None:
         longest, manager = int(lengths.max()), self._manager

