@@ -112,7 +112,9 @@ def _sequence_lens(windows: tuple[Mask, ...], *, block_size: int, most: int | No
             longest = max(longest, mask.size + 13)
     if most is not None:
         longest = min(longest, most - num_single)
-    return max(longest, 5) + num_single, max(longest // 2 + 1, 5), 7 if longest >= 7 else max(longest, 5)
+    second = max(longest // 2 + 1, 5)
+    # One more, so that the second and the third are equally long in one step: rows that share a call of the model only then do so.
+    return max(longest, 5) + num_single, second, second + 1 if second < longest else max(longest, 5)
 
 
 def _schedule(lens: tuple[int, ...], *, whole: bool = False, num_single: int = 0) -> list[list[tuple[int, int]]]:

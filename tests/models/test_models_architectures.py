@@ -40,6 +40,10 @@ def test_mixes_of_one_architecture_of_each_kind_give_the_tokens_of_each_prompt_a
     assert_parity(shrunk_model(model_type), model_type)
 
 
+def test_model_that_takes_views_of_its_keys_is_given_what_it_can_view() -> None:
+    assert_parity(shrunk_model("gpt_neox_japanese"), "gpt_neox_japanese")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers, while it builds what hardly anybody builds today
 @pytest.mark.parametrize("model_type", decoder_architectures())
