@@ -61,16 +61,18 @@ def _judge_model(model: PreTrainedModel, seed: int) -> Verdict:
     try:
         references = References(model, num_token_ids=NUM_TOKEN_IDS, seed=seed)
         inconsistency = references.inconsistency()
+        own = f" (besides, generate contradicts itself: {inconsistency})" if inconsistency else ""
+        expected = tuple((prompt, references[prompt].token_ids) for prompt in references.prompts)
     except Exception as error:
-        return Verdict(NO_REFERENCE, _words(error))
-    expected = tuple((prompt, references[prompt].token_ids) for prompt in references.prompts)
+        references, own, expected = None, f" (besides, its own generate fails: {_words(error)})", ()
     try:
         runner = parity_runner(model)
     except (UnsupportedModelError, UnsupportedBackendError) as error:
-        own = f" (besides, generate is inconsistent: {inconsistency})" if inconsistency else ""
         return Verdict(REFUSED, str(error) + own, expected=expected)
     except Exception as error:
         return Verdict(FAILS, _words(error), expected=expected)
+    if references is None:
+        return Verdict(NO_REFERENCE, own, _tier(runner))
     if runner.max_positions_reason is not None and runner.max_positions is not None and runner.max_positions < references.longest:
         return Verdict(REFUSED, f"beyond {runner.max_positions} tokens: {runner.max_positions_reason}", _tier(runner), expected=expected)
     mixes = run_mixes(runner, references)
@@ -128,8 +130,13 @@ def try_continuous_batching(model_type: str, seed: int, implementation: str, exp
 
 
 def _tier(runner: ModelRunner) -> str:
-    kinds = dict.fromkeys(runner.tier.layers)
-    return runner.tier.name if runner.tier.name != "packed" or list(kinds) == ["in place"] else "packed, layers gathered"
+    tier = runner.tier
+    parts = [tier.name]
+    if "gathered" in tier.layers:
+        parts.append("layers gathered")
+    if tier.recurrent_state != "none":
+        parts.append("with state" if tier.recurrent_state == "chunked" else "with state, prompts whole")
+    return ", ".join(parts)
 
 
 def _words(error: Exception) -> str:

@@ -62,7 +62,7 @@ class MixReport:
     """One mix of requests.
 
     Attributes:
-        name: ``"ragged"``: prompts of several lengths, prefilled in chunks beside decodes; ``"prefix"``: prompts whose beginning was
+        name: ``"ragged"``: prompts of several lengths, in chunks where the model allows it, beside decodes; ``"prefix"``: prompts whose beginning was
             served before; ``"fork"``: several continuations of one prompt; ``"preempted"``: a pool too small for all at once.
         num_outputs: continuations that were compared.
         difference: the first that was not as alone, in words; None when all were.
@@ -138,20 +138,26 @@ def generate_alone(model: PreTrainedModel, prompt: Prompt, *, num_new: int = _NU
         num_new: tokens to generate; nothing ends them earlier.
         use_cache: False runs all tokens anew for each.
     """
+    from transformers import GenerationConfig
+
     ids = torch.tensor([prompt], device=model.device)
     loop = cast("Callable[..., Any]", model.generate)
-    with torch.no_grad():
-        found = loop(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=num_new,
-            eos_token_id=None,
-            pad_token_id=0,
-            use_cache=use_cache,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+    own = model.generation_config
+    # A checkpoint's defaults (tokens that are forced or suppressed) are wishes, not what the model computes.
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    try:
+        with torch.no_grad():
+            found = loop(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=num_new,
+                use_cache=use_cache,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+    finally:
+        model.generation_config = own
     logits = torch.stack(found.logits, dim=1)[0].float()
     best, chosen = logits.topk(2).values, found.sequences[0, len(prompt) :]
     return Alone(
@@ -198,7 +204,8 @@ class _Mixes:
     """One engine, its pool NaN wherever nothing valid is, and the mixes that are run on it one after the other."""
 
     def __init__(self, runner: ModelRunner, references: References, *, num_blocks: int) -> None:
-        config = EngineConfig(num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=_BUDGET, max_model_len=_LONGEST, check="audit")
+        budget = _LONGEST if runner.tier.recurrent_state == "whole" else _BUDGET  # there prompts cannot be cut
+        config = EngineConfig(num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=_LONGEST, check="audit")
         self._engine = Engine(runner, config)
         self._references = references
         self._num_requests = 0
