@@ -62,8 +62,8 @@ class MixReport:
     """One mix of requests.
 
     Attributes:
-        name: ``"ragged"``: prompts of several lengths, in chunks where the model allows it, beside decodes; ``"prefix"``: prompts whose beginning was
-            served before; ``"fork"``: several continuations of one prompt; ``"preempted"``: a pool too small for all at once.
+        name: ``"ragged"``: prompts of several lengths, in chunks where the model allows it, beside decodes; ``"prefix"``: prompts whose
+            beginning was served before; ``"fork"``: several continuations of one prompt; ``"preempted"``: a pool too small for all at once.
         num_outputs: continuations that were compared.
         difference: the first that was not as alone, in words; None when all were.
         error: what the engine raised, in words; None when nothing.
@@ -144,7 +144,7 @@ def generate_alone(model: PreTrainedModel, prompt: Prompt, *, num_new: int = _NU
     loop = cast("Callable[..., Any]", model.generate)
     own = model.generation_config
     # A checkpoint's defaults (tokens that are forced or suppressed) are wishes, not what the model computes.
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad():
             found = loop(
