@@ -179,7 +179,8 @@ def _recurrent_state(runner: ModelRunner, nbytes: int) -> list[Finding]:
             f"{nbytes:,} bytes a sequence, whatever its length",
             (
                 "prefixes are not cached: no block holds the state at their end",
-                "prompts are computed in one piece, of max_num_batched_tokens at most: the model goes on from a state by one token only"
+                "prompts are computed in one piece, and what is longer than max_num_batched_tokens token by token, which takes long: "
+                "the model goes on from a state by one token only"
                 if whole
                 else "prompts may be computed in chunks",
             ),

@@ -24,7 +24,7 @@ class SchedulerConfig:
         recurrent_state: what sequences have beside their blocks. ``"none"``: nothing. ``"chunked"``: the state of recurrent layers, which
             cannot go back to an earlier position: who loses a part of what is computed starts again, and no prefix is found. ``"whole"``:
             besides, the model goes on from a state by one token only, so a prompt is computed in one step, where
-            ``max_num_batched_tokens`` counts prompts alone.
+            ``max_num_batched_tokens`` counts prompts alone; what is longer than that follows token by token, which takes long.
 
     Raises:
         ConfigError: names the setting.

@@ -13,7 +13,9 @@ class EventKind(StrEnum):
 
     SUBMITTED = "submitted"
     WAITING = "waiting"  # detail: reason, a WaitReason, and the numbers behind it
-    ADMITTED = "admitted"  # detail: num_cached_tokens; miss, a MissReason, where it is 0
+    # detail: num_cached_tokens; miss, a MissReason, where it is 0; computed_one_by_one, tokens that a prompt has more than a step can take,
+    # where it may not be split
+    ADMITTED = "admitted"
     FORKED = "forked"  # detail: n
     PREEMPTED = "preempted"  # detail: index, freed_blocks
     UNDONE = "undone"  # a step with this request failed and was taken back

@@ -57,7 +57,7 @@ class PlanBuilder:
         fitting = min(left, self.budget, room)
         if self._config.recurrent_state != "whole":
             return fitting
-        # More than a step holds is known after a preemption alone: what it had written then follows token by token, as it did before.
+        # What no step holds begins with a step full, and goes on token by token.
         piece = 1 if start else min(left, self._config.max_num_batched_tokens)
         return piece if piece <= fitting else 0
 

@@ -171,8 +171,7 @@ class Scheduler:
         """Raise what ``submit`` would raise, but for a duplicate id.
 
         Raises:
-            RequestTooLargeError: prompt and ``max_tokens`` can never fit, ``n`` is over the running limit, or the prompt over the tokens
-                of a step that has to take it whole.
+            RequestTooLargeError: prompt and ``max_tokens`` can never fit, or ``n`` is over the running limit.
         """
         if not isinstance(request, Request):
             raise InvalidRequestError(f"request is {shown(request)}: it must be a Request")
@@ -186,10 +185,6 @@ class Scheduler:
         if total > manager.max_seq_len:
             change = "shorten the prompt, lower max_tokens, or raise max_model_len or num_blocks"
             raise RequestTooLargeError(name, needed=total, limit=manager.max_seq_len, unit="tokens", change=change)
-        if self.config.recurrent_state == "whole" and prompt - (request.n > 1) > self.config.max_num_batched_tokens:
-            change = "shorten it, or raise max_num_batched_tokens: its recurrent layers cannot go on in the middle of a prompt"
-            what = "tokens in one step (the prompt)"
-            raise RequestTooLargeError(name, needed=prompt, limit=self.config.max_num_batched_tokens, unit=what, change=change)
         worst = zip(self._admission.worst_case(request, request.n).tolist(), manager.usable_blocks, strict=True)
         needed, limit = max(worst, key=lambda each: each[0] - each[1])  # in the layer group that lacks most
         if needed > limit:
@@ -581,6 +576,9 @@ class Scheduler:
         detail: dict[str, object] = {"index": branch.index, "num_cached_tokens": num_cached_tokens}
         if not num_cached_tokens:
             detail["miss"] = self._admission.miss_reason(branch)
+        singly = len(branch.token_ids) - self.config.max_num_batched_tokens
+        if self.config.recurrent_state == "whole" and singly > 0:
+            detail["computed_one_by_one"] = singly
         record.note(EventKind.ADMITTED, self._step, **detail)
 
     def _place(self, branch: Branch, seq: int, *, source_row: int | None = None) -> None:

@@ -169,8 +169,7 @@ class _Simulation:
             self.engine.add_request(job.name, job.as_prompt(), job.params())
         except RequestTooLargeError as refusal:
             self.report.num_refused += 1
-            too_long = self.runner.recurrent_state == "whole" and len(job.prompt) > self.setting.max_num_batched_tokens
-            if job.n == 1 and job.num_tokens <= min(self.setting.max_model_len, self.setting.capacity) and not too_long:
+            if job.n == 1 and job.num_tokens <= min(self.setting.max_model_len, self.setting.capacity):
                 raise ViolationError("liveness", f"{job} was refused although it fits alone") from None
             self._tell("refused", refusal, job)
             return

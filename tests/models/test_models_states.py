@@ -10,7 +10,7 @@ from state_models import STATEFUL, state_model
 from torch import Tensor
 
 from pagedkv import LLM, SamplingParams
-from pagedkv.errors import ConfigError, InvariantError, RequestTooLargeError, UnsupportedModelError
+from pagedkv.errors import ConfigError, InvariantError, UnsupportedModelError
 from pagedkv.models import ModelRunner, plan_memory
 from pagedkv.models.call import ModelCall
 from pagedkv.models.recurrence import reads_state_in_chunks
@@ -130,12 +130,12 @@ def test_prefixes_are_not_cached_and_requests_say_why() -> None:
         assert llm.statistics().cache.num_hit_tokens == 0
 
 
-def test_prompt_over_a_step_is_refused_where_it_must_be_whole() -> None:
+def test_prompt_over_a_step_goes_on_token_by_token_where_it_must_be_whole() -> None:
     with make_llm("mamba", num_blocks=40, max_num_batched_tokens=8) as llm:
-        with pytest.raises(RequestTooLargeError, match="max_num_batched_tokens"):
-            llm.generate([PROMPTS[3]], greedy(2), use_tqdm=False)
-        output = llm.generate([PROMPTS[3][:8]], greedy(2), use_tqdm=False)[0]
-        assert output.outputs[0].token_ids == alone(llm, PROMPTS[3][:8], 2)
+        for number, prompt in enumerate(PROMPTS):
+            output = llm.generate([prompt], greedy(5), use_tqdm=False)[0]
+            assert output.outputs[0].token_ids == alone(llm, prompt, 5)
+            assert ("computed_one_by_one" in llm.engine.explain(str(number))) == (len(prompt) > 8)
 
 
 def test_state_has_its_own_bytes_in_plans_and_pools() -> None:

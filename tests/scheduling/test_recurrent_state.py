@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scheduling_helpers import complete, make_scheduler, plan_of, record_of, run, step, submit
+from scheduling_helpers import complete, make_scheduler, plan_of, run, step, submit
 
 from pagedkv.core import KVCacheManager
-from pagedkv.errors import ConfigError, RequestTooLargeError
+from pagedkv.errors import ConfigError
 from pagedkv.plan import StepPlan
 from pagedkv.scheduling import EventKind, MissReason, Scheduler, SchedulerConfig, Status, WaitReason
 
@@ -62,15 +62,18 @@ def test_whole_prompts_take_turns_and_decodes_come_on_top() -> None:
     assert pieces(plans, 0) == [(0, 7), *((7 + place, 1) for place in range(5))]
 
 
-def test_prompt_that_no_step_could_take_whole_is_refused_alone() -> None:
+def test_prompt_that_no_step_could_take_whole_goes_on_token_by_token_and_says_so() -> None:
     scheduler = make(max_num_batched_tokens=8)
-    record = submit(scheduler, "a", 8)
-    with pytest.raises(RequestTooLargeError, match="max_num_batched_tokens"):
-        submit(scheduler, "b", 9)
-    submit(scheduler, "c", 9, n=2)  # whose last prompt token is left to the forks
-    run(scheduler)
-    assert record.finished
-    assert record_of(scheduler, "c").finished
+    short = submit(scheduler, "a", 8, max_tokens=1)
+    long = submit(scheduler, "b", 11, max_tokens=2)
+    forked = submit(scheduler, "c", 9, max_tokens=1, n=2)  # whose last prompt token is left to the forks
+    plans = run(scheduler)
+    assert pieces(plans, 0)[:6] == [(0, 8), (0, 8), (8, 1), (9, 1), (10, 1), (11, 1)]  # of "a", and of "b" behind it
+    singly = [
+        [event.detail.get("computed_one_by_one") for event in record.events if event.kind is EventKind.ADMITTED]
+        for record in (short, long, forked)
+    ]
+    assert singly == [[None], [3], [1]]
 
 
 def test_preempted_branch_computes_one_step_full_and_then_token_by_token() -> None:
