@@ -6,7 +6,7 @@ Owns the order of these and nothing else: rules are the scheduler's, bytes the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pagedkv import checks
-from pagedkv.core import CacheStatistics, CheckLevel, KVCacheManager, Snapshot
+from pagedkv.core import CacheStatistics, CheckLevel, KVCacheManager, Snapshot, Window
 from pagedkv.core.guard import parse_check_level
 from pagedkv.core.transaction import Transaction
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
@@ -30,6 +30,7 @@ from pagedkv.responses import Response, with_texts
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
 from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
 from pagedkv.seating import Seating
+from pagedkv.sizing import blocks_needed, pool_groups, split_blocks
 from pagedkv.storage import BatchBuilder, KVStorage, StateStorage
 
 
@@ -38,7 +39,10 @@ class EngineConfig:
     """An engine's sizes.
 
     Args:
-        num_blocks: blocks of the pool, the null block included; exactly so many are allocated.
+        num_blocks: blocks of the pool, the null block included; exactly so many are allocated. Where layers have windows, so many for those
+            that have none, and for the others what ``max_num_seqs`` sequences can need, if that is less; or one number for each layer
+            group, in the order of ``ModelRunner.windows``.
+        windowed_groups: whether layers with a sliding or chunked window give back the blocks behind it.
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: tokens of prompt and output together; the model's positions when not given.
@@ -53,7 +57,7 @@ class EngineConfig:
         ConfigError: names the setting.
     """
 
-    num_blocks: int
+    num_blocks: int | Sequence[int]
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
@@ -61,10 +65,13 @@ class EngineConfig:
     seed: int = 0
     watermark: float = 0.01
     check: CheckLevel = "off"
+    windowed_groups: bool = True
 
     def __post_init__(self) -> None:
         parse_check_level(self.check)
-        checks.integer("num_blocks", self.num_blocks, least=2, most=2**31 - 1)  # the null block and one to use; ids are int32
+        for count in self.num_blocks if isinstance(self.num_blocks, list | tuple) else [self.num_blocks]:
+            checks.integer("num_blocks", count, least=2, most=2**31 - 1)  # the null block and one to use; ids are int32
+        checks.flag("windowed_groups", self.windowed_groups)
         if self.max_model_len is not None:
             checks.integer("max_model_len", self.max_model_len, least=2)  # one token in and one out
         checks.flag("enable_prefix_caching", self.enable_prefix_caching)
@@ -87,7 +94,8 @@ class EngineStatistics:
         num_preemptions: preemptions since the start.
         num_computed_tokens: tokens that went through the model.
         num_generated_tokens: tokens sampled.
-        peak_blocks_in_use: most blocks held at once, after a step.
+        peak_blocks_in_use: most blocks held at once, after a step; the sum of what follows.
+        peak_group_blocks: the same in each layer group.
         pool_nbytes: bytes of K/V storage.
         state_nbytes: bytes of recurrent state.
         mean_waste: share of the sequences' slots that held no token, over all steps so far.
@@ -101,6 +109,7 @@ class EngineStatistics:
     num_computed_tokens: int
     num_generated_tokens: int
     peak_blocks_in_use: int
+    peak_group_blocks: tuple[int, ...]
     pool_nbytes: int
     state_nbytes: int
     mean_waste: float
@@ -150,11 +159,13 @@ class Engine:
         limits = config.limits()
         if runner.recurrent_state != "none":
             limits = replace(limits, recurrent_state=runner.recurrent_state)
+        num_blocks, windows = _layer_groups(runner, config, self.max_model_len)
         # Before the books, which are small beside it but not small for a pool that no device could hold.
-        self._storage = runner.new_storage(config.num_blocks, num_rows=limits.max_running)
+        self._storage = runner.new_storage(num_blocks if len(num_blocks) > 1 else num_blocks[0], num_rows=limits.max_running)
         self._state = self._storage.state
         self._manager = KVCacheManager(
-            num_blocks=config.num_blocks,
+            num_blocks=num_blocks,
+            windows=windows,
             block_size=runner.block_size,
             max_num_seqs=limits.max_running,
             max_seq_len=self.max_model_len,
@@ -171,7 +182,7 @@ class Engine:
         self._ready: list[RequestOutput] = []
         self._num_requests = 0
         self._num_computed = self._num_generated = self._num_steps = 0
-        self._peak_blocks = 0
+        self._peak_blocks = [0] * len(num_blocks)
         self._token_steps = self._slot_steps = 0
         self._closed = False
         self._change = Transaction("the engine")
@@ -191,13 +202,13 @@ class Engine:
 
     @property
     def num_blocks_in_use(self) -> int:
-        """Blocks held now."""
-        return self._manager.num_usable_blocks - self._manager.num_available_blocks
+        """Blocks held now, in all layer groups."""
+        return sum(self._manager.usable_blocks) - sum(self._manager.available_blocks)
 
     @property
     def num_usable_blocks(self) -> int:
-        """Blocks that there are to hold."""
-        return self._manager.num_usable_blocks
+        """Blocks that there are to hold, in all layer groups."""
+        return sum(self._manager.usable_blocks)
 
     def statistics(self) -> EngineStatistics:
         """A frozen account; O(blocks)."""
@@ -208,7 +219,8 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_computed_tokens=self._num_computed,
             num_generated_tokens=self._num_generated,
-            peak_blocks_in_use=self._peak_blocks,
+            peak_blocks_in_use=sum(self._peak_blocks),
+            peak_group_blocks=tuple(self._peak_blocks),
             pool_nbytes=self._storage.nbytes,
             state_nbytes=0 if self._state is None else self._state.nbytes,
             mean_waste=1 - self._token_steps / self._slot_steps if self._slot_steps else 0.0,
@@ -531,7 +543,8 @@ class Engine:
             response.prompt_logprobs.extend(with_texts(entry, self._decoder) for entry in entries)
 
     def _book_use(self) -> None:
-        self._peak_blocks = max(self._peak_blocks, self.num_blocks_in_use)
+        use = zip(self._peak_blocks, self._manager.usable_blocks, self._manager.available_blocks, strict=True)
+        self._peak_blocks = [max(peak, usable - available) for peak, usable, available in use]
         table = self._manager.table
         self._token_steps += int(table.num_reserved.sum())
         self._slot_steps += int(table.num_blocks.sum()) * self._runner.block_size
@@ -575,6 +588,20 @@ class Engine:
         """Raise ``ClosedError`` or, when a command was stopped in the middle, ``InvariantError``."""
         self._check_open()
         self._change.check()
+
+
+def _layer_groups(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> tuple[list[int], list[Window | None]]:
+    """Blocks and window of each layer group; raises ``ConfigError`` where blocks are given for another number of groups."""
+    limits, asked = config.limits(), config.num_blocks
+    groups = pool_groups(runner, windowed=config.windowed_groups)
+    windows = [group.window for group in groups]
+    if isinstance(asked, Sequence):
+        if len(asked) != len(groups):
+            raise ConfigError(f"num_blocks is {list(asked)}: the model has {len(groups)} layer groups, give one number or so many")
+        return list(asked), windows
+    if len(groups) == 1:
+        return [asked], windows
+    return split_blocks(asked, blocks_needed(groups, limits, block_size=runner.block_size, max_model_len=max_model_len), groups), windows
 
 
 def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import le
 from types import TracebackType
 from typing import Literal, Protocol, Self, cast
 
@@ -29,7 +30,7 @@ from pagedkv.pooling import ONLY_PROMPT, PoolingParams
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
-from pagedkv.sizing import blocks_for_work, blocks_in_memory
+from pagedkv.sizing import blocks_for_work, blocks_needed, fit_in_memory, pool_groups
 
 Message = Mapping[str, object]
 _POLICIES: Mapping[str, Callable[[], SchedulingPolicy]] = {
@@ -131,12 +132,12 @@ class LLM:
             loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse, tier=tier
         )
         self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
+        self._groups = pool_groups(self._runner)
+        self._fixed_blocks: int | list[int] | None = num_blocks
         if kv_cache_memory_bytes is not None:
-            most = self._blocks_for([(self._max_model_len, self._limits.max_running)])
-            fitting = self._blocks_in(kv_cache_memory_bytes, setting="kv_cache_memory_bytes")
-            num_blocks = fitting if self._nbytes_per_block else most  # of blocks that hold nothing, as many as can ever be used
-        self._fixed_blocks = num_blocks
-        self._engine = self._new_engine(num_blocks) if num_blocks is not None else None
+            needed = blocks_needed(self._groups, self._limits, block_size=block_size, max_model_len=self._max_model_len)
+            self._fixed_blocks = self._blocks_in(kv_cache_memory_bytes, needed, setting="kv_cache_memory_bytes")
+        self._engine = self._new_engine(self._fixed_blocks) if self._fixed_blocks is not None else None
         self._num_requests = 0
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._closed = False
@@ -290,19 +291,11 @@ class LLM:
 
     # How it is done.
 
-    @property
-    def _nbytes_per_block(self) -> int:
-        return sum(spec.nbytes_per_token(self._runner.dtype) for spec in self._runner.layers) * self._runner.block_size
-
-    def _blocks_in(self, nbytes: int, *, setting: str) -> int:
+    def _blocks_in(self, nbytes: int, needed: Sequence[int], *, setting: str) -> list[int]:
         state = sum(spec.nbytes for spec in self._runner.states) * self._limits.max_running
-        return blocks_in_memory(nbytes, self._nbytes_per_block, setting=setting, state_nbytes=state)
+        return fit_in_memory(nbytes, needed, self._groups, setting=setting, state_nbytes=state)
 
-    def _blocks_for(self, lengths: Sequence[tuple[int, int]]) -> int:
-        limits = self._limits
-        return blocks_for_work(lengths, block_size=self._runner.block_size, max_running=limits.max_running, watermark=limits.watermark)
-
-    def _new_engine(self, num_blocks: int) -> Engine:
+    def _new_engine(self, num_blocks: int | list[int]) -> Engine:
         config = replace(self._config, num_blocks=num_blocks)
         return Engine(self._runner, config, tokenizer=self._tokenizer, policy=self._policy)
 
@@ -338,7 +331,7 @@ class LLM:
         )
 
     def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
-        """Make the pool as large as this work can use, unless it is already, or is in use.
+        """Make the pools as large as this work can use, unless they are already, or are in use.
 
         A larger pool is a new one: what the old one had cached is gone.
         """
@@ -346,16 +339,17 @@ class LLM:
         for prompt, params in work:
             tokens = len(prompt.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
             lengths.append((min(tokens, self._max_model_len), params.n))
-        wanted = self._blocks_for(lengths)
-        held = have = 0
+        wanted = blocks_for_work(lengths, self._groups, self._limits, block_size=self._runner.block_size)
+        held, have = 0, [0] * len(wanted)
         if self._engine is not None:
             now = self._engine.statistics()
-            held, have = now.pool_nbytes + now.state_nbytes, self._engine.num_usable_blocks + 1
-            if have >= wanted or self._inboxes or now.num_running or now.num_waiting:
+            held, have = now.pool_nbytes + now.state_nbytes, [group.num_blocks + 1 for group in now.cache.groups]
+            wanted = list(map(max, wanted, have))
+            if wanted == have or self._inboxes or now.num_running or now.num_waiting:
                 return
         share = int((free_memory(self._runner.device) + held) * self._memory_share)
-        blocks = min(wanted, self._blocks_in(share, setting=f"memory_share={self._memory_share} of free memory"))
-        if blocks <= have:
+        blocks = self._blocks_in(share, wanted, setting=f"memory_share={self._memory_share} of free memory")
+        if all(map(le, blocks, have)):
             return
         if self._engine is not None:
             self._engine.close()

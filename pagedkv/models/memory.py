@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pagedkv.attention import Mask
 from pagedkv.checks import integer
 from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.groups import LayerGroups, group_layers
+from pagedkv.models.limits import max_positions
 from pagedkv.models.loading import DtypeName, load_config, parse_dtype
 from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_config, check_model
@@ -28,26 +31,32 @@ class MemoryPlan:
     Attributes:
         block_size: tokens per block.
         dtype: of K and V.
-        layers: geometry of each layer that stores K/V.
+        layers: geometry of each layer that stores K/V, by layer group.
+        windows: what the layers of each group read; None for everything. Behind a window blocks are given back.
         nbytes_per_token: all layers, K and V.
         nbytes_per_block: the same for one block.
         memory_bytes: what was asked about, or None.
-        num_blocks: blocks that fit in ``memory_bytes``, the null block included; None without ``memory_bytes``, or where there is no K/V.
-        num_tokens: tokens that these blocks hold (the null block holds none); None where ``num_blocks`` is.
+        num_blocks: blocks that fit in ``memory_bytes``, the null block included, as many for each group; None without ``memory_bytes``, or
+            where there is no K/V.
+        num_tokens: tokens that these blocks hold (the null block holds none), inside of all windows; None where ``num_blocks`` is.
         max_model_len: the length that was asked about, or None.
-        num_sequences: sequences of ``max_model_len`` that fit at once, with their recurrent state; None unless both were asked.
+        nbytes_per_sequence: what a sequence of ``max_model_len`` holds at most between two steps, with its recurrent state; None if no length
+            was asked about.
+        num_sequences: such sequences that fit at once; None unless both were asked.
         state_nbytes: recurrent state of one sequence, whatever its length.
     """
 
     block_size: int
     dtype: torch.dtype
     layers: tuple[LayerSpec, ...]
+    windows: tuple[Mask | None, ...]
     nbytes_per_token: int
     nbytes_per_block: int
     memory_bytes: int | None
     num_blocks: int | None
     num_tokens: int | None
     max_model_len: int | None
+    nbytes_per_sequence: int | None
     num_sequences: int | None
     state_nbytes: int = 0
 
@@ -65,13 +74,14 @@ class MemoryPlan:
             lines.append(f"recurrent state of a sequence: {_size(self.state_nbytes)}, whatever its length")
         if self.memory_bytes is not None and self.nbytes_per_block:
             lines.append(f"{_size(self.memory_bytes)} hold {self.num_blocks:,} blocks, {self.num_tokens:,} tokens")
-        if self.max_model_len is not None:
-            length = f"a sequence of {self.max_model_len:,} tokens takes {_size(self._nbytes_per_sequence())}"
+        if self.max_model_len is not None and self.nbytes_per_sequence is not None:
+            length = f"a sequence of {self.max_model_len:,} tokens takes {_size(self.nbytes_per_sequence)}"
+            whole = -(-self.max_model_len // self.block_size) * self.nbytes_per_block + self.state_nbytes
+            if whole > self.nbytes_per_sequence:
+                windows = " and ".join(f"{mask.size:,} ({mask.kind})" for mask in self.windows if mask is not None)
+                length = f"{length}, {_size(whole)} if layers with windows of {windows} kept everything"
             lines.append(length if self.num_sequences is None else f"{length}; {self.num_sequences:,} fit at once")
         return "\n".join(lines)
-
-    def _nbytes_per_sequence(self) -> int:
-        return -(-(self.max_model_len or 0) // self.block_size) * self.nbytes_per_block + self.state_nbytes
 
 
 def plan_memory(
@@ -103,27 +113,38 @@ def plan_memory(
     for name, value in (("block_size", block_size), ("memory_bytes", memory_bytes), ("max_model_len", max_model_len)):
         if value is not None or name == "block_size":
             integer(name, value, least=1)
-    shape = _shape(model_or_config)
+    shape, positions = _shape(model_or_config)
+    groups = group_layers(shape, max_positions=positions)
     stored = parse_dtype(dtype) or shape.dtype
     per_token = sum(layer.nbytes_per_token(stored) for layer in shape.layers)
     per_block, state = per_token * block_size, sum(spec.nbytes for spec in shape.states)
     num_blocks = None if memory_bytes is None or not per_block else memory_bytes // per_block
-    fits = None
-    if memory_bytes is not None and max_model_len is not None:
-        fits = max(memory_bytes - per_block, 0) // (-(-max_model_len // block_size) * per_block + state)
+    each = None
+    if max_model_len is not None:
+        each = nbytes_per_sequence(groups, max_model_len, block_size=block_size, dtype=stored) + state
+    fits = None if each is None or memory_bytes is None else max(memory_bytes - per_block, 0) // each
     return MemoryPlan(
         block_size=block_size,
         dtype=stored,
-        layers=shape.layers,
+        layers=groups.layers,
+        windows=groups.windows,
         nbytes_per_token=per_token,
         nbytes_per_block=per_block,
         memory_bytes=memory_bytes,
         num_blocks=num_blocks,
         num_tokens=None if num_blocks is None else max(num_blocks - 1, 0) * block_size,
         max_model_len=max_model_len,
+        nbytes_per_sequence=each,
         num_sequences=fits,
         state_nbytes=state,
     )
+
+
+def nbytes_per_sequence(groups: LayerGroups, num_tokens: int, *, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of K/V that a sequence of so many tokens holds at most between two steps, with the block that it writes next."""
+    whole = -(-num_tokens // block_size)
+    blocks = [whole if mask is None else min(whole, -(-(mask.size - 1) // block_size) + 1) for mask in groups.windows]
+    return sum(blocks[layer.group] * block_size * layer.nbytes_per_token(dtype) for layer in groups.layers)
 
 
 def free_memory(device: torch.device) -> int:
@@ -138,12 +159,14 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _shape(model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]) -> ModelShape:
+def _shape(model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]) -> tuple[ModelShape, int | None]:
+    """What a model stores, and its longest sequence."""
     if isinstance(model_or_config, (str, os.PathLike)):
         model_or_config = load_config(model_or_config)
     if isinstance(model_or_config, PreTrainedConfig):
         model_or_config = _without_weights(model_or_config)
-    return probe_model(check_model(model_or_config))
+    model = check_model(model_or_config)
+    return probe_model(model), max_positions(model.config)
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:

@@ -95,6 +95,7 @@ class PackedTier:
             options=self._options,
             num_tokens=batch.plan.num_tokens,
             gathered=self.shape.gathered,
+            masks=self.shape.masks,
         )
         with pointed_at_us(self._configs), self._replacements.in_place(), activate(step):
             yield CacheFacade(step)

@@ -19,6 +19,7 @@ from pagedkv.errors import ClosedError, ConfigError, UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel
 from pagedkv.models.alterations import Alterations
 from pagedkv.models.fusion import FusionReport
+from pagedkv.models.groups import group_layers
 from pagedkv.models.hidden_states import HiddenStates
 from pagedkv.models.limits import eos_token_ids, num_token_ids
 from pagedkv.models.own_cache import bounded_by_own_cache
@@ -68,7 +69,9 @@ class ModelRunner:
         ConfigError: the block size is below 1, the tier unknown, or ``pack_linears`` or ``fuse`` is True and cannot be done.
 
     Attributes:
-        layers: geometry of each layer that stores K/V.
+        layers: geometry of each layer that stores K/V, all in one group.
+        grouped_layers: the same, by layer group: layers with a sliding or chunked mask of one size share one.
+        windows: what the layers of each group read; None for everything, as in the first group always.
         vocab_size: width of the logits.
         num_token_ids: token ids from 0 that the model can read; usually ``vocab_size``.
         max_positions: longest sequence that is served, or None for no limit.
@@ -125,6 +128,8 @@ class ModelRunner:
         positions = bounded_by_own_cache(self._rotaries.positions, model, choice.tier.shape)
         self.max_positions, self.max_positions_reason = positions.reach, positions.reason
         self.eos_token_ids = eos_token_ids(model)
+        groups = group_layers(choice.tier.shape, max_positions=self.max_positions)
+        self.grouped_layers, self.windows = groups.layers, groups.windows
 
     @property
     def recurrent_state(self) -> RecurrentState:
@@ -151,23 +156,29 @@ class ModelRunner:
         """The model itself, for ordinary use."""
         return self._model
 
+    @property
+    def nbytes_per_block(self) -> int:
+        """Bytes of one block of K and V, all layers."""
+        return self.block_size * sum(layer.nbytes_per_token(self.dtype) for layer in self.layers)
+
     def new_storage(self, num_blocks: int | Sequence[int], *, num_rows: int | None = None) -> KVStorage:
         """Zeroed pools of ``num_blocks`` blocks (the null block included) for this model's layers; the caller owns them.
 
         Args:
-            num_blocks: in each pool; one number, or one for each layer group.
+            num_blocks: one number, for one table of all layers; or one for each layer group.
             num_rows: rows of the sequence table, each with a slot of recurrent state; needed where the model has any.
 
         Raises:
             PoolAllocationError: the device refused the memory; nothing was kept.
-            ConfigError: the model has recurrent state, and for how many rows was not said.
+            ConfigError: another number of groups; or the model has recurrent state, and for how many rows was not said.
         """
         state = None
         if self.states:
             if num_rows is None:
                 raise ConfigError("num_rows is missing: the model has recurrent state, a slot for each row of the sequence table")
             state = StateStorage(self.states, num_rows=num_rows, device=self.device)
-        return KVStorage(self.layers, num_blocks=num_blocks, block_size=self.block_size, dtype=self.dtype, device=self.device, state=state)
+        layers = self.grouped_layers if isinstance(num_blocks, Sequence) else self.layers
+        return KVStorage(layers, num_blocks=num_blocks, block_size=self.block_size, dtype=self.dtype, device=self.device, state=state)
 
     def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Run one step: write the K/V of its tokens, attend through the block tables, return the wanted logits.
@@ -255,11 +266,12 @@ class ModelRunner:
 
     def _check_storage(self, storage: KVStorage) -> None:
         pools = storage.layers
+        layers = self.layers if len(storage.num_blocks) == 1 else self.grouped_layers
         if (
             len(pools) != len(self.layers)
             or storage.block_size != self.block_size
             or storage.dtype != self.dtype
-            or any(pool.spec is not spec and pool.spec != spec for pool, spec in zip(pools, self.layers, strict=True))
+            or any(pool.spec is not spec and pool.spec != spec for pool, spec in zip(pools, layers, strict=True))
             or self.states != (() if storage.state is None else storage.state.specs)
         ):
             raise ConfigError(

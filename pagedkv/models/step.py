@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pagedkv.attention import AttendOptions, AttentionBackend, StepAttention
+from pagedkv.attention import AttendOptions, AttentionBackend, Mask, StepAttention
 from pagedkv.attention.ragged import attend_ragged
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import AttentionCall, MaskFunction
@@ -61,6 +61,7 @@ class PagedStep:
         options: the runner's options.
         num_tokens: packed tokens, ``T``.
         gathered: layers that the model is given all K/V of, because it goes on to change them.
+        masks: for each pool, the masks that its K/V are kept for, where they are given back behind a window.
         written: layers that stored their K/V so far.
         attended: layers whose K/V was read so far.
     """
@@ -73,6 +74,7 @@ class PagedStep:
     options: OptionsTable
     num_tokens: int
     gathered: Set[int] = frozenset()
+    masks: Sequence[Sequence[Mask]] = ()
     written: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
     _slots: dict[int, Slots] = field(default_factory=dict)
@@ -116,7 +118,13 @@ class PagedStep:
         self.attended.add(layer)
         pool = self.pools[self.index[layer]]
         options = self.options.find(call)
+        self._check_kept(pool, layer, options)
         return self.backend.attend(call.query.squeeze(0).transpose(0, 1), pool, self.attention, options).unsqueeze(0)
+
+    def _check_kept(self, pool: LayerPool, layer: int, options: AttendOptions) -> None:
+        """Refuse a mask that a layer was not seen to read with, where blocks behind its window are given back."""
+        if pool.spec.group and options.mask not in self.masks[self.index[layer]]:
+            raise UnsupportedModelError(f"layer {layer} reads with {options.mask}, which it did not in the probe: K/V may be gone")
 
     def _gather(self, pool: LayerPool) -> tuple[Tensor, Tensor]:
         group = pool.spec.group

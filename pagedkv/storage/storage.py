@@ -27,7 +27,7 @@ class KVStorage:
     """Zero-filled pools for every layer of a model.
 
     Args:
-        layers: one geometry per layer, in model order; their groups are 0, 1, ... without a hole.
+        layers: one geometry per layer, in model order; their groups are 0, 1, ... without a hole, but that the first may have no layers.
         num_blocks: blocks per layer including the null block 0: one number, or one per layer group.
         block_size: tokens in one block.
         dtype: floating dtype of K and V.
@@ -62,7 +62,7 @@ class KVStorage:
             raise ConfigError(f"layers is {shown(layers)}: it must be a list of LayerSpec")
         if not layers and state is None:
             raise ConfigError("layers is empty: a storage holds at least one layer, or recurrent state")
-        groups = sorted({layer.group for layer in layers}) or [0]  # without a layer, blocks only count positions
+        groups = sorted({0, *(layer.group for layer in layers)})  # without a layer, blocks only count positions
         if groups != list(range(len(groups))):
             raise ConfigError(f"the layers' groups are {groups}: they are counted 0, 1, ... without a hole")
         counts = tuple(num_blocks) if isinstance(num_blocks, Sequence) and not isinstance(num_blocks, str) else (num_blocks,) * len(groups)

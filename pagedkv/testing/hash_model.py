@@ -122,6 +122,8 @@ class HashModel:
         self.max_positions_reason: str | None = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.recurrent_state = "none"
+        self.windows = (None,)  # one layer group, which keeps everything
+        self.nbytes_per_block = 8 * block_size
         self.device = "cpu"
         self.namespaces_of = namespaces_of
 

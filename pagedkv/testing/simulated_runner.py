@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -43,7 +43,7 @@ class SimulatedRunner:
         self.block_size, self.device = inner.block_size, inner.device
         self.vocab_size, self.num_token_ids = inner.vocab_size, inner.num_token_ids
         self.max_positions, self.max_positions_reason = inner.max_positions, inner.max_positions_reason
-        self.eos_token_ids = inner.eos_token_ids
+        self.eos_token_ids, self.windows, self.nbytes_per_block = inner.eos_token_ids, inner.windows, inner.nbytes_per_block
         self.recurrent_state = inner.recurrent_state
         self.fault: Fault | None = None
         self.digest = hashlib.sha256()
@@ -57,7 +57,7 @@ class SimulatedRunner:
             return 0
         return self.plan.num_tokens - (self.plan.num_decodes if self.recurrent_state == "whole" else 0)
 
-    def new_storage(self, num_blocks: int, *, num_rows: int) -> KVStorage:
+    def new_storage(self, num_blocks: int | Sequence[int], *, num_rows: int) -> KVStorage:
         """The model's own."""
         return self._inner.new_storage(num_blocks, num_rows=num_rows)
 

@@ -262,3 +262,18 @@ def test_attend_on_cuda_matches_dense_attention(variant: str) -> None:
         options = VARIANTS[variant].options(geometry, generator, device)
         for name in BACKENDS:
             check(case, get_backend(name, device=device), options, f"seed {seed}, {name}, {geometry}")
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("mask", [Mask.sliding(5), Mask.sliding(20), Mask.chunked(6), Mask.chunked(32)], ids=str)
+def test_attend_does_not_read_what_was_given_back_behind_a_window(name: str, mask: Mask) -> None:
+    # Not even the null block that stands in the table there; the torch backend reads that one for padding, and counts on its zeros.
+    for seed, size in enumerate([1, 4, 16] * 3):
+        generator = torch.Generator().manual_seed(seed)
+        geometry, variant = Geometry(block_size=size), Variant(mask, sinks=seed % 2 == 0, softcap=3.0 if seed % 4 == 0 else None)
+        query_lens, seq_lens = random_lengths(generator, decodes=5, chunks=4, longest=90)
+        case = make_case(geometry, query_lens, seq_lens=seq_lens, generator=generator, drop_behind=mask)
+        case.pool.fill(torch.tensor([0]), float("nan"))
+        options = variant.options(geometry, generator, torch.device("cpu"))
+        backend = get_backend(name, device="cpu", specs=[variant.spec(geometry, torch.device("cpu"))])
+        check(case, backend, options, f"{name}, {mask}, seed {seed}")

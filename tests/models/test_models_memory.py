@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pagedkv.attention import Mask
 from pagedkv.errors import ConfigError
 from pagedkv.models import ModelRunner, plan_memory
 from pagedkv.testing.models import TINY_MODELS, tiny_config, tiny_model
@@ -46,6 +47,20 @@ def test_plan_says_what_fits() -> None:
     assert half.nbytes_per_token == 128
     assert half.num_blocks is half.num_tokens is half.num_sequences is None
     assert "\n" not in str(half)
+
+
+def test_plan_counts_only_what_is_inside_a_window() -> None:
+    plan = plan_memory(tiny_config("gemma3", max_position_embeddings=4096), block_size=4, memory_bytes=1_000_000, max_model_len=1001)
+    (windowed, full), each = plan.layers, 2 * 2 * 16 * 4  # K and V, heads, elements, bytes
+    assert (windowed.group, full.group, plan.windows) == (1, 0, (None, Mask.sliding(8)))
+    assert plan.nbytes_per_sequence == (1004 + 3 * 4) * each  # two blocks of the window, and the one that is written
+    assert plan.num_sequences == (1_000_000 - plan.nbytes_per_block) // plan.nbytes_per_sequence == 3
+    assert "502 KiB if layers with windows of 8 (sliding) kept everything; 3 fit at once" in str(plan)
+
+
+def test_window_that_the_longest_sequence_fits_into_is_none() -> None:
+    assert plan_memory(tiny_config("mistral", max_position_embeddings=8)).windows == (None,)
+    assert plan_memory(tiny_config("mistral", max_position_embeddings=9)).windows == (None, Mask.sliding(8))
 
 
 @pytest.mark.parametrize("option", ["block_size", "memory_bytes", "max_model_len"])

@@ -118,11 +118,11 @@ def expected(oracle: Oracle, prompt: Prompt, params: SamplingParams) -> tuple[in
 
 
 def new_engine(oracle: Oracle, block_size: int, num_blocks: int, **options: Any) -> Engine:
-    """An engine whose pool holds NaN wherever nothing was written."""
+    """An engine whose pools, one for each layer group, hold NaN wherever nothing was written."""
     policy = options.pop("policy", None)
     runner = oracle.runner(block_size)
     longest = runner.max_positions or TRUNK + 4 * MAX_NEW  # models with ALiBi state none
-    engine = Engine(runner, EngineConfig(num_blocks=num_blocks, max_model_len=longest, **options), policy=policy)
+    engine = Engine(runner, EngineConfig(num_blocks=[num_blocks] * len(runner.windows), max_model_len=longest, **options), policy=policy)
     engine.fill_free_blocks(float("nan"))
     return engine
 
@@ -130,10 +130,11 @@ def new_engine(oracle: Oracle, block_size: int, num_blocks: int, **options: Any)
 def poisoned_step(engine: Engine) -> list[RequestOutput]:
     """One step; then the account is checked, and what was freed is NaN."""
     outputs = engine.step()
-    group = engine.statistics().cache.groups[0]
-    assert group.num_free + group.num_evictable + group.num_in_use == group.num_blocks, f"blocks do not sum to the pool: {group}"
+    groups = engine.statistics().cache.groups
+    for group in groups:
+        assert group.num_free + group.num_evictable + group.num_in_use == group.num_blocks, f"blocks do not sum to the pool: {group}"
     engine.check()
-    assert engine.fill_free_blocks(float("nan")) == group.num_free
+    assert engine.fill_free_blocks(float("nan")) == sum(group.num_free for group in groups)
     return outputs
 
 

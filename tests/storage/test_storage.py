@@ -163,7 +163,7 @@ def test_storage_more_than_the_machine_has_is_refused_with_the_sizes() -> None:
     ("layers", "num_blocks", "block_size", "words"),
     [
         ([], 4, 4, "layers is empty"),
-        ([LayerSpec(1, 4, 4, group=1)], 4, 4, "without a hole"),
+        ([LayerSpec(1, 4, 4, group=2)], 4, 4, "without a hole"),
         ([LayerSpec(1, 4, 4)], 1, 4, "num_blocks is 1"),
         ([LayerSpec(1, 4, 4)], 4, 0, "block_size is 0"),
         ([LayerSpec(1, 4, 4)], (4, 4), 4, "2 entries for 1"),
