@@ -1,4 +1,4 @@
-"""K/V memory that is reserved and used over time on workload B, and how often a shared prefix is stored on workload C.
+"""K/V memory that is reserved and used over time on workload B, how often a shared prefix is stored on workload C, and what windows save.
 
 By default the scheduler and its books run alone, without a model: blocks depend on lengths only. ``--model`` runs the same requests through
 an engine and reads the same figures from its own account. Beside it the two classic layouts, from the same lengths.
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from common import Report, Spread, arguments
 from memory_traces import Timeline, contiguous, padded, paged, paged_by_engine
+from memory_windows import SHAPES, hold
 from workloads import Workload, workload
 
 BLOCK_SIZES = (1, 4, 16, 64)
@@ -42,6 +43,7 @@ def main() -> None:
     _block_sizes(report, work)
     _draws(report, args)
     _shared_prefix(report, workload("C", vocab_size=VOCAB_SIZE, seed=args.seed, quick=args.quick))
+    _windows(report, quick=args.quick)
     if args.model is not None:
         _through_engine(report, args)
     for note in NOTES:
@@ -125,6 +127,30 @@ def _shared_prefix(report: Report, work: Workload) -> None:
         rows,
     )
     report.figure("C, blocks of the prefix stored once", once)
+
+
+def _windows(report: Report, *, quick: bool) -> None:
+    """Long sequences on models whose layers have windows, with a table for each layer group and with one for all."""
+    num_tokens, num_seqs, num_new = (4_096, 2, 16) if quick else (32_768, 8, 256)
+    for shape in SHAPES:
+        rows, held = [], {}
+        for count in (1, num_seqs):
+            for label, windowed in (("one for each group", True), ("one for all layers", False)):
+                holding = held[windowed] = hold(shape, num_seqs=count, num_tokens=num_tokens, num_new=num_new, windowed=windowed)
+                blocks = " + ".join(f"{blocks / count:,.0f}" for blocks in holding.end_blocks)
+                found = f"{holding.num_hit_tokens:,} of {holding.num_tokens:,}"
+                rows.append([count, label, blocks, holding.end_nbytes / MIB, holding.peak_nbytes / MIB, found])
+                name = f"{shape.name}, {count} x {num_tokens}, {label}"
+                report.figure(f"{name}, bytes held", holding.end_nbytes)
+                report.figure(f"{name}, peak bytes", holding.peak_nbytes)
+                report.figure(f"{name}, tokens found by a follow-up", holding.num_hit_tokens)
+            report.figure(f"{shape.name}, {count} x {num_tokens}, times less held", held[False].end_nbytes / held[True].end_nbytes)
+        report.table(
+            f"{shape.name}: {shape.num_full} layers read everything, {shape.num_windowed} a window of {shape.window.size:,};"
+            f" sequences of {num_tokens:,} tokens and {num_new} more",
+            ["sequences", "tables", "blocks each", "MiB held", "peak MiB", "found by a follow-up"],
+            rows,
+        )
 
 
 def _through_engine(report: Report, args: argparse.Namespace) -> None:

@@ -40,8 +40,8 @@ class MemoryPlan:
             where there is no K/V.
         num_tokens: tokens that these blocks hold (the null block holds none), inside of all windows; None where ``num_blocks`` is.
         max_model_len: the length that was asked about, or None.
-        nbytes_per_sequence: what a sequence of ``max_model_len`` holds at most between two steps, with its recurrent state; None if no length
-            was asked about.
+        nbytes_per_sequence: what a sequence of ``max_model_len`` holds at most between two steps, with its recurrent state; None if no
+            length was asked about.
         num_sequences: such sequences that fit at once; None unless both were asked.
         state_nbytes: recurrent state of one sequence, whatever its length.
     """
