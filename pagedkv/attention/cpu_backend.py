@@ -6,12 +6,12 @@ It owns scratch memory and the step's work lists. What is computed is said in ``
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pagedkv.attention.mask import Mask
+from pagedkv.attention.native.calls import AttendCall, JoinedRows, Work, check_joined, filled
 from pagedkv.attention.native.library import ITEM_NBYTES, Library, Loaded, RowsStruct, StepStruct, load_library
 from pagedkv.attention.native.operations import DTYPES
 from pagedkv.attention.protocol import AttendOptions, AttentionSpec, StepAttention, check_query, check_write
@@ -19,7 +19,6 @@ from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendE
 from pagedkv.storage.batch import StepBatch
 from pagedkv.storage.pool import LayerPool
 
-_MASKS = {"causal": 0, "sliding": 1, "chunked": 2}
 _MAX_DIM = 1024  # what a tile's packed K and V are sized for
 
 
@@ -121,7 +120,49 @@ class CpuBackend:
         )
         return output
 
-    def new_work(self, struct: StepStruct) -> _Work:
+    def attend_joined(
+        self, rows: Tensor, cosines: Tensor, sines: Tensor, pool: LayerPool, step: StepAttention, options: AttendOptions, *, num_heads: int
+    ) -> Tensor:
+        """Rotate, ``write`` and ``attend`` in one call, for a layer whose queries, keys and values are made by one product.
+
+        Args:
+            rows: ``[T, (Hq + 2 Hkv) * D]`` contiguous, of the pool's dtype; queries and keys are rotated in place.
+            cosines: ``[T, D]`` contiguous, of the same dtype, as ``Operations.rotate`` takes them; not checked.
+            sines: likewise.
+            pool: the layer's K and V, both ``D`` wide, ``D`` even.
+            step: what ``plan`` returned for this step.
+            options: mask, scale and variants.
+            num_heads: ``Hq``.
+
+        Returns:
+            ``[T, Hq * D]``.
+
+        Raises:
+            InvalidRequestError: shapes that do not fit the pool or the step.
+        """
+        if not isinstance(step, _CpuStep):
+            raise InvalidRequestError(f"the step was planned by another backend, as {type(step).__name__}")
+        call = step.joined(self, pool, options, num_heads)
+        if rows.shape != call.shape or rows.dtype != pool.dtype or not rows.is_contiguous():
+            raise InvalidRequestError(
+                f"rows are {rows.dtype} {list(rows.shape)}, strides {rows.stride()}: contiguous {pool.dtype} {list(call.shape)} is needed"
+            )
+        output = rows.new_empty(rows.shape[0], num_heads * pool.spec.value_dim)
+        if call.scratch_nbytes > self._scratch.numel():
+            self._grow(call.scratch_nbytes)
+        self._library.functions.pagedkv_attend_joined(
+            call.address,
+            rows.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            pool.key.data_ptr(),
+            pool.value.data_ptr(),
+            output.data_ptr(),
+            self._scratch.data_ptr(),
+        )
+        return output
+
+    def new_work(self, struct: StepStruct) -> Work:
         """The work list of one step for layers of one kind."""
         address, plan = ctypes.addressof(struct), self._library.functions.pagedkv_plan
         counts = (ctypes.c_int64 * 4)()
@@ -130,9 +171,9 @@ class CpuBackend:
         items = memory.data_ptr()
         merges = items + counts[0] * ITEM_NBYTES
         plan(address, items, merges, counts)
-        return _Work(memory, items, merges, counts, ctypes.addressof(counts))
+        return Work(memory, items, merges, counts, ctypes.addressof(counts))
 
-    def scratch_nbytes(self, struct: StepStruct, work: _Work, num_threads: int) -> int:
+    def scratch_nbytes(self, struct: StepStruct, work: Work, num_threads: int) -> int:
         """Scratch memory that one call needs."""
         return int(self._library.functions.pagedkv_scratch_nbytes(ctypes.addressof(struct), work.counts_address, num_threads))
 
@@ -146,78 +187,43 @@ class CpuBackend:
             self._scratch = torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """A work list: the memory that holds it, and the addresses of its parts."""
-
-    memory: Tensor
-    items: int
-    merges: int
-    counts: ctypes.Array[ctypes.c_int64]
-    counts_address: int
-
-
 class _CpuStep(StepAttention):
     """The step's tables, the work lists made so far, and a filled struct for each way of attending."""
 
-    __slots__ = ("_calls", "_works", "num_threads")
+    __slots__ = ("_calls", "_joined", "_works", "num_threads")
 
     def __init__(self, batch: StepBatch, num_threads: int) -> None:
         super().__init__(batch)
         self.num_threads = num_threads
-        self._works: dict[tuple[int, Mask, int, int, int, int], _Work] = {}
-        self._calls: dict[tuple[object, ...], _Call] = {}
+        self._works: dict[tuple[int, Mask, int, int, int, int], Work] = {}
+        self._calls: dict[tuple[object, ...], AttendCall] = {}
+        self._joined: dict[tuple[object, ...], JoinedRows] = {}
 
-    def call(self, backend: CpuBackend, query: Tensor, pool: LayerPool, options: AttendOptions) -> _Call:
+    def call(self, backend: CpuBackend, query: Tensor, pool: LayerPool, options: AttendOptions) -> AttendCall:
         heads, spec = query.shape[1], pool.spec
         key = (id(options), spec, heads, pool.dtype)
         call = self._calls.get(key)
         if call is None:
-            struct = _filled(self.batch, pool, options, num_heads=heads, batch_invariant=backend.batch_invariant)
-            kind = (spec.group, options.mask, heads, spec.num_kv_heads, spec.key_dim, spec.value_dim)
-            work = self._works.get(kind)
-            if work is None:
-                work = self._works[kind] = backend.new_work(struct)
-            nbytes = backend.scratch_nbytes(struct, work, self.num_threads)
-            call = self._calls[key] = _Call(struct, work, nbytes, options)
+            call = self._calls[key] = self._new_call(backend, pool, options, heads)
         return call
 
+    def joined(self, backend: CpuBackend, pool: LayerPool, options: AttendOptions, heads: int) -> JoinedRows:
+        key = (id(options), pool.spec, heads, pool.dtype)
+        joined = self._joined.get(key)
+        if joined is None:
+            check_joined(pool, self.batch, options, num_heads=heads)
+            call = self._new_call(backend, pool, options, heads)
+            joined = self._joined[key] = JoinedRows(self.batch, pool, call, num_heads=heads, num_threads=self.num_threads)
+        return joined
 
-class _Call:
-    """One way of attending in one step; only the addresses of a layer's tensors change from call to call."""
-
-    __slots__ = ("_kept", "address", "scratch_nbytes", "struct", "work")
-
-    def __init__(self, struct: StepStruct, work: _Work, scratch_nbytes: int, options: AttendOptions) -> None:
-        self.struct = struct
-        self.address = ctypes.addressof(struct)
-        self.work = work
-        self.scratch_nbytes = scratch_nbytes
-        sinks, slopes = _floats(options.sinks), _floats(options.alibi_slopes)
-        struct.sinks = None if sinks is None else sinks.data_ptr()
-        struct.slopes = None if slopes is None else slopes.data_ptr()
-        self._kept = (options, sinks, slopes)  # alive, so that neither an address nor an id can come back as another's
-
-    def point_at(self, query: Tensor, output: Tensor, pool: LayerPool) -> None:
-        struct = self.struct
-        struct.query, struct.output = query.data_ptr(), output.data_ptr()
-        struct.key, struct.value = pool.key.data_ptr(), pool.value.data_ptr()
-        struct.query_stride[:] = query.stride()[:2]
-
-
-def _filled(batch: StepBatch, pool: LayerPool, options: AttendOptions, *, num_heads: int, batch_invariant: bool) -> StepStruct:
-    spec, tables = pool.spec, batch.block_tables[pool.spec.group]
-    struct = StepStruct()
-    struct.tables, struct.table_stride = tables.data_ptr(), tables.stride(0)
-    struct.cu_seqlens_q, struct.seq_lens = batch.cu_seqlens_q.data_ptr(), batch.seq_lens.data_ptr()
-    struct.output_stride[:] = (num_heads * spec.value_dim, spec.value_dim)
-    struct.key_stride[:], struct.value_stride[:] = pool.key.stride()[:3], pool.value.stride()[:3]
-    struct.num_seqs, struct.num_heads, struct.num_kv_heads = batch.plan.num_seqs, num_heads, spec.num_kv_heads
-    struct.key_dim, struct.value_dim, struct.block_size = spec.key_dim, spec.value_dim, pool.block_size
-    struct.dtype, struct.mask, struct.mask_size = DTYPES[pool.dtype], _MASKS[options.mask.kind], options.mask.size
-    struct.batch_invariant = batch_invariant
-    struct.scale, struct.softcap = options.scale, options.softcap or 0.0
-    return struct
+    def _new_call(self, backend: CpuBackend, pool: LayerPool, options: AttendOptions, heads: int) -> AttendCall:
+        spec = pool.spec
+        struct = filled(self.batch, pool, options, num_heads=heads, batch_invariant=backend.batch_invariant)
+        kind = (spec.group, options.mask, heads, spec.num_kv_heads, spec.key_dim, spec.value_dim)
+        work = self._works.get(kind)
+        if work is None:
+            work = self._works[kind] = backend.new_work(struct)
+        return AttendCall(struct, work, backend.scratch_nbytes(struct, work, self.num_threads), options)
 
 
 def _library(loaded: Loaded) -> Library:
@@ -229,7 +235,3 @@ def _library(loaded: Loaded) -> Library:
 def _dense_rows(tensor: Tensor) -> Tensor:
     """The same tensor, its last dimension contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _floats(per_head: Tensor | None) -> Tensor | None:
-    return None if per_head is None else per_head.detach().to(torch.float32).contiguous()

@@ -195,12 +195,12 @@ class FusedLayer:
         if not self._norms_fit(x) or not all(product.usable() for product in self._products):
             return None
         qkv, output, gate_up, down = self._products
-        middle = output.whole(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask)).add_(x)
+        middle = output.whole(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask), x)
         both = gate_up.whole(self._normed(1, middle))
         gate, up = both[..., : self._inner], both[..., self._inner :]
         if not self._gate_first:
             gate, up = up, gate
-        return down.whole(self._operations.gate(gate, up, self._form)).add_(middle)
+        return down.whole(self._operations.gate(gate, up, self._form), middle)
 
     def _normed(self, which: int, x: Tensor) -> Tensor:
         parameters, attributes, found = self._norms[which]
@@ -218,6 +218,10 @@ class FusedLayer:
 
     def _attend(self, step: PagedStep, joined: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         num_tokens, attention, module = joined.shape[1], self._attention, self._attention_module
+        scale = vars(module)[attention.scale]
+        attended = step.attend_joined(joined[0], cos, sin, mask=mask, scale=scale, num_heads=self._num_heads, layer_idx=attention.layer_idx)
+        if attended is not None:
+            return attended[None]
         heads = joined.view(1, num_tokens, -1, attention.width).transpose(1, 2)
         self._operations.rotate_in_place(heads[0, : self._num_turned], cos, sin)
         call = AttentionCall(
@@ -226,7 +230,7 @@ class FusedLayer:
             key=heads[:, self._num_heads : self._num_turned],
             value=heads[:, self._num_turned :],
             mask=mask,
-            scale=vars(module)[attention.scale],
+            scale=scale,
             softcap=None,
             window=None,
             sinks=None,

@@ -84,6 +84,7 @@ class PackedProduct:
         self._dtype = torch.float32
         self._kept: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self._multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._multiply_add: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.binary
         self._pack()
 
     def result(self, x: Tensor, place: int) -> Tensor | None:
@@ -142,11 +143,17 @@ class PackedProduct:
         """Output features of each linear."""
         return self._sizes
 
-    def whole(self, x: Tensor) -> Tensor:
-        """What all linears make of ``x [..., in_features]``, side by side; only right while ``usable()``."""
-        if x.dtype is self._dtype:
+    def whole(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """What all linears make of ``x [..., in_features]``, side by side; only right while ``usable()``.
+
+        ``added [..., out_features]`` is added before the result is rounded: in half precision once, where the model's code does it twice.
+        """
+        if x.dtype is not self._dtype:
+            product = self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
+            return product if added is None else product.add_(added)
+        if added is None:
             return self._multiply(x, self._weight, self._bias, "none", [], "")
-        return self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
+        return self._multiply_add(x, added, self._weight, self._bias, "add")
 
     def _all(self, x: Tensor) -> Sequence[Tensor]:
         product = self.whole(x)
@@ -195,11 +202,12 @@ class PackedProduct:
         bound = _BOUNDS[weights[0].dtype]
         for rows in _CHECKED_ROWS:
             x = torch.randn((1, rows, weights[0].shape[1]), generator=generator).to(weights[0].dtype)
-            for ours, weight, bias in zip(self._all(x), weights, biases, strict=True):
-                plain = F.linear(x, weight, bias)
-                difference, largest = float((ours - plain).abs().max()), float(plain.abs().max())
+            plain = torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1)
+            added = plain.flip(-1)
+            for what, ours, theirs in (("product", self.whole(x), plain), ("product and sum", self.whole(x, added), plain + added)):
+                difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
                 if not difference <= bound * largest:  # also when either is NaN
-                    return f"the packed product of {rows} rows differs from F.linear by {difference:.2g} where the largest is {largest:.2g}"
+                    return f"the packed {what} of {rows} rows differs from F.linear by {difference:.2g} where the largest is {largest:.2g}"
         return None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.attention import AttendOptions, AttentionBackend, Mask, StepAttention
+from pagedkv.attention.cpu_backend import CpuBackend
 from pagedkv.attention.ragged import attend_ragged
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import AttentionCall, MaskFunction
@@ -31,20 +32,31 @@ class OptionsTable:
     def __init__(self, carriers: MaskCarriers) -> None:
         self._carriers = carriers
         self._options: dict[tuple[object, ...], tuple[AttendOptions, Tensor | None]] = {}
+        self._plain: tuple[Tensor | None, float, AttendOptions] | None = None
+
+    def plain(self, mask: Tensor | None, scale: float) -> AttendOptions:
+        """The options of a call with a mask and a scale and nothing else. The same mask object as in the last call costs nothing."""
+        plain = self._plain
+        if plain is None or plain[0] is not mask or plain[1] != scale:
+            found = self._find(Mask.causal() if mask is None else self._carriers.mask_of(mask), scale, None, None)
+            self._plain = plain = (mask, scale, found)
+        return plain[2]
 
     def find(self, call: AttentionCall) -> AttendOptions:
         """The options of a call. A call with other sinks (a replaced parameter) gets other options."""
-        mask = resolve_mask(call, self._carriers)
-        key = (mask, call.scale, call.softcap, id(call.sinks))
+        return self._find(resolve_mask(call, self._carriers), call.scale, call.softcap, call.sinks)
+
+    def _find(self, mask: Mask, scale: float, softcap: float | None, given_sinks: Tensor | None) -> AttendOptions:
+        key = (mask, scale, softcap, id(given_sinks))
         found = self._options.get(key)
         # The entry keeps its sinks alive, so their id cannot come back as another tensor's.
-        if found is not None and found[1] is call.sinks:
+        if found is not None and found[1] is given_sinks:
             return found[0]
         if len(self._options) >= _MAX_OPTIONS:
             self._options.clear()
-        sinks = None if call.sinks is None else call.sinks.detach().reshape(-1)
-        options = AttendOptions(mask=mask, scale=call.scale, softcap=call.softcap, sinks=sinks)
-        self._options[key] = (options, call.sinks)
+        sinks = None if given_sinks is None else given_sinks.detach().reshape(-1)
+        options = AttendOptions(mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+        self._options[key] = (options, given_sinks)
         return options
 
 
@@ -91,28 +103,44 @@ class PagedStep:
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Write ``[1, Hkv, T, D]`` keys and values of one layer to the step's slots; a gathered layer gets ``[1, Hkv, K, D]`` back."""
-        place = self.index.get(layer_idx)
-        if place is None or layer_idx in self.written or key.shape[0] != 1 or key.shape[2] != self.num_tokens:
-            raise UnsupportedModelError(
-                f"layer {layer_idx} stored K {list(key.shape)} where one [1, heads, {self.num_tokens}, dim] per known layer is expected"
-            )
-        self.written.add(layer_idx)
-        self._latest = layer_idx
-        self.backend.write(self.pools[place], key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), self.attention)
-        if layer_idx not in self.gathered:
-            return None
-        return self._gather(self.pools[place])
+        pool = self._new_layer(layer_idx, key.shape[2] if key.shape[0] == 1 else -1, key)
+        self.backend.write(pool, key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), self.attention)
+        return self._gather(pool) if layer_idx in self.gathered else None
 
     def attend_new(self, call: AttentionCall, layer_idx: int) -> Tensor:
         """``update`` and ``attend`` in one, for K and V that are read as they are stored: ``[1, T, Hq, Dv]``."""
         self.update(call.key, call.value, layer_idx)
         return self._attend(call, layer_idx)
 
+    def attend_joined(
+        self, rows: Tensor, cosines: Tensor, sines: Tensor, *, mask: Tensor | None, scale: float, num_heads: int, layer_idx: int
+    ) -> Tensor | None:
+        """``attend_new`` with a rotation before it, for plain attention: ``[T, Hq * D]`` of ``rows [T, (Hq + 2 Hkv) * D]``.
+
+        None, with nothing done, where the backend has no such call, or angles ``[T, D]`` have gaps between their rows.
+        """
+        if type(self.backend) is not CpuBackend or not (cosines.is_contiguous() and sines.is_contiguous()):
+            return None
+        pool = self._new_layer(layer_idx, rows.shape[0], rows)
+        self.attended.add(layer_idx)
+        options = self.options.plain(mask, scale)
+        return self.backend.attend_joined(rows, cosines, sines, pool, self.attention, options, num_heads=num_heads)
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""
         if self._latest in self.gathered and marked_layer(call.key, call.value) is None:
             return self._attend_gathered(call)
         return self._attend(call, checked_layer(call))
+
+    def _new_layer(self, layer_idx: int, num_tokens: int, stored: Tensor) -> LayerPool:
+        place = self.index.get(layer_idx)
+        if place is None or layer_idx in self.written or num_tokens != self.num_tokens:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} stored K {list(stored.shape)} where one [1, heads, {self.num_tokens}, dim] per known layer is expected"
+            )
+        self.written.add(layer_idx)
+        self._latest = layer_idx
+        return self.pools[place]
 
     def _attend(self, call: AttentionCall, layer: int) -> Tensor:
         self.attended.add(layer)

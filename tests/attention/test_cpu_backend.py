@@ -13,6 +13,7 @@ from pagedkv.attention import AttendOptions, AttentionSpec, Mask, get_backend
 from pagedkv.attention.cpu_backend import CpuBackend
 from pagedkv.attention.native import library
 from pagedkv.attention.native.library import BUILDS, load_library
+from pagedkv.attention.native.operations import DTYPES, Operations
 from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendError
 from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
 from pagedkv.testing.attention_cases import Case, Geometry, Variant, dense_attention, make_case, random_lengths
@@ -20,6 +21,7 @@ from pagedkv.testing.plans import make_plan
 
 RUNNABLE = [build.name for build in BUILDS if load_library(build.name).library is not None]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TABLES = [[3, 1, 7, 9], [2, 5, 12, 4]]
 CASES_PER_BUILD = 520
 CASES_PER_TEST = 40
 CASES_BY_DEFAULT = 120  # the others are marked slow
@@ -228,6 +230,59 @@ def test_supports_what_it_cannot_run_says_why(change: dict[str, object], words: 
     fields: dict[str, object] = {"num_heads": 4, "num_kv_heads": 2, "key_dim": 8, "value_dim": 8, "block_size": 4}
     fields |= {"dtype": torch.float32, "device_type": "cpu", "mask": Mask.causal(), **change}
     assert words in (CpuBackend().supports(AttentionSpec(**fields)) or "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("build", RUNNABLE)
+def test_attend_joined_is_rotation_write_and_attend_to_the_bit(build: str, dtype: torch.dtype) -> None:
+    library_of_build = load_library(build).library
+    assert library_of_build is not None
+    operations, generator = Operations(library_of_build), torch.Generator().manual_seed(7)
+    options = AttendOptions(Mask.sliding(9), 0.2, softcap=3.0)
+    for heads, kv_heads, width in ((4, 2, 16), (9, 3, 64), (2, 2, 40)):
+        storages = [
+            KVStorage([LayerSpec(kv_heads, width, width)] * 2, num_blocks=20, block_size=4, dtype=dtype, device="cpu") for _ in "ab"
+        ]
+        backends = [CpuBackend(build=build) for _ in "ab"]
+        for query_lens, seq_lens in (([5, 11], [5, 11]), ([1, 3], [6, 14])):
+            batches = [BatchBuilder("cpu", 4).build(make_plan(query_lens, seq_lens, block_tables=TABLES, block_size=4)) for _ in "ab"]
+            cosines, sines = (torch.randn(sum(query_lens), width, generator=generator).to(dtype) for _ in "ab")
+            steps = [backend.plan(batch) for backend, batch in zip(backends, batches, strict=True)]
+            for layer in range(2):
+                rows = torch.randn(sum(query_lens), (heads + 2 * kv_heads) * width, generator=generator).to(dtype)
+                parts = rows.clone().view(len(rows), -1, width)
+                joined = backends[0].attend_joined(rows, cosines, sines, storages[0].layers[layer], steps[0], options, num_heads=heads)
+                operations.rotate_in_place(parts[:, : heads + kv_heads].transpose(0, 1), cosines, sines)
+                query, key, value = parts.split([heads, kv_heads, kv_heads], 1)
+                backends[1].write(storages[1].layers[layer], key, value, steps[1])
+                apart = backends[1].attend(query, storages[1].layers[layer], steps[1], options)
+                assert torch.equal(joined, apart.flatten(1))
+                assert torch.equal(storages[0].layers[layer].key, storages[1].layers[layer].key)
+                assert torch.equal(storages[0].layers[layer].value, storages[1].layers[layer].value)
+
+
+def test_attend_joined_what_does_not_fit_is_refused_and_nothing_stored() -> None:
+    backend, batch = CpuBackend(), BatchBuilder("cpu", 4).build(make_plan([3], [3], block_tables=[[2]], block_size=4))
+    step, options, turns = backend.plan(batch), AttendOptions(Mask.causal(), 1.0), torch.ones(3, 16)
+
+    def attend(rows: torch.Tensor, spec: LayerSpec, step: object = step) -> None:
+        pool = KVStorage([spec], num_blocks=4, block_size=4, dtype=torch.float32, device="cpu").layers[0]
+        try:
+            backend.attend_joined(rows, turns, turns, pool, step, options, num_heads=4)  # type: ignore[arg-type]
+        finally:
+            assert not pool.key.any()
+
+    right = LayerSpec(2, 16, 16)
+    attend_right = torch.ones(3, 128)
+    with pytest.raises(AssertionError):
+        attend(attend_right, right)
+    for rows in (torch.ones(2, 128), torch.ones(3, 127), torch.ones(3, 128).bfloat16(), torch.ones(128, 3).T):
+        with pytest.raises(InvalidRequestError, match="is needed"):
+            attend(rows, right)
+    with pytest.raises(InvalidRequestError, match="16 and 8 wide"):
+        attend(attend_right, LayerSpec(2, 16, 8))
+    with pytest.raises(InvalidRequestError, match="planned by another backend"):
+        attend(attend_right, right, get_backend("reference", device="cpu").plan(batch))
 
 
 def test_backend_no_thread_is_refused() -> None:

@@ -48,6 +48,20 @@ def test_product_of_any_shape_is_that_of_each_linear(heights: tuple[int, ...], s
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_whole_with_something_to_add_is_both_products_and_the_sum(dtype: torch.dtype) -> None:
+    linears = [linear.to(dtype) for linear in make_linears(24, 8, bias=(True, False))]
+    product = PackedProduct(linears)
+    if product.reason is not None:
+        pytest.skip(product.reason)
+    for rows in (1, 5, 40):
+        x, added = make_input(rows).to(dtype), make_input(rows, seed=2)[:, :32].to(dtype)
+        before, plain = added.clone(), torch.cat([linear(x).float() for linear in linears], -1) + added.float()
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        assert float((product.whole(x, added).float() - plain).abs().max()) <= bound * float(plain.abs().max())
+        assert torch.equal(added, before)  # the residual is read again
+
+
 def test_input_that_is_not_contiguous_is_multiplied_as_it_is() -> None:
     linears = make_linears(16, 8)
     product = PackedProduct(linears)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-_ABI = 2
+_ABI = 3
 
 
 class StepStruct(ctypes.Structure):
@@ -54,6 +54,17 @@ class LayerStruct(ctypes.Structure):
         ("num_rows", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_heads", "width", "dtype", "form")),
         ("epsilon", ctypes.c_float),
+    )
+
+
+class JoinedStruct(ctypes.Structure):
+    """``Joined`` of attend.cpp: the structs of a rotation, of rows to store and of attention, and the step's work list."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rotation", "rows", "step", "items", "merges", "counts")),
+        ("key_offset", ctypes.c_int64),
+        ("value_offset", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
     )
 
 
@@ -160,17 +171,25 @@ def _unusable(build: Build, flags: frozenset[str], machine: str) -> str | None:
 def _open(path: Path) -> ctypes.CDLL | str:
     try:
         functions = ctypes.CDLL(str(path))
-        for name in ("pagedkv_abi", "pagedkv_lanes", "pagedkv_step_nbytes", "pagedkv_rows_nbytes", "pagedkv_layer_nbytes"):
+        for name in (
+            "pagedkv_abi",
+            "pagedkv_lanes",
+            "pagedkv_step_nbytes",
+            "pagedkv_rows_nbytes",
+            "pagedkv_layer_nbytes",
+            "pagedkv_joined_nbytes",
+        ):
             getattr(functions, name).restype = ctypes.c_int32
         sizes = (
             functions.pagedkv_abi(),
             functions.pagedkv_step_nbytes(),
             functions.pagedkv_rows_nbytes(),
             functions.pagedkv_layer_nbytes(),
+            functions.pagedkv_joined_nbytes(),
         )
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, reinstall pagedkv: {error}"
-    if sizes != (_ABI, ctypes.sizeof(StepStruct), ctypes.sizeof(RowsStruct), ctypes.sizeof(LayerStruct)):
+    if sizes != (_ABI, *map(ctypes.sizeof, (StepStruct, RowsStruct, LayerStruct, JoinedStruct))):
         return "was built for another version: reinstall pagedkv"
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     functions.pagedkv_plan.argtypes = (pointer, pointer, pointer, pointer)
@@ -181,6 +200,8 @@ def _open(path: Path) -> ctypes.CDLL | str:
     functions.pagedkv_attend.restype = number
     functions.pagedkv_write.argtypes = (pointer,)
     functions.pagedkv_write.restype = None
+    functions.pagedkv_attend_joined.argtypes = (pointer,) * 8
+    functions.pagedkv_attend_joined.restype = number
     for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate"):
         getattr(functions, name).argtypes = (pointer, number)
         getattr(functions, name).restype = number

@@ -106,6 +106,19 @@ struct Rows {
   int32_t num_kv_heads, key_nbytes, value_nbytes, item_nbytes;
 };
 
+// What lies between two products of a layer whose rows hold queries, keys and values side by side. The structs are filled but for
+// the addresses of one layer.
+struct Joined {
+  Layer* rotation;  // of queries and keys, in place
+  Rows* rows;
+  Step* step;
+  const Item* items;
+  const Merge* merges;
+  const int64_t* counts;
+  int64_t key_offset, value_offset;  // bytes from a row's start
+  int32_t num_threads;
+};
+
 INLINE void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), int num_threads) {
   if (layer.num_rows * layer.num_heads * layer.width < SERIAL_ELEMENTS) num_threads = 1;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
@@ -128,11 +141,12 @@ INLINE void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), in
 extern "C" {
 
 // Changes whenever a struct or a function here does: a library that is left over from another version is not used.
-int32_t pagedkv_abi() { return 2; }
+int32_t pagedkv_abi() { return 3; }
 int32_t pagedkv_lanes() { return LANES; }
 int32_t pagedkv_step_nbytes() { return sizeof(Step); }
 int32_t pagedkv_rows_nbytes() { return sizeof(Rows); }
 int32_t pagedkv_layer_nbytes() { return sizeof(Layer); }
+int32_t pagedkv_joined_nbytes() { return sizeof(Joined); }
 
 LAYER_ENTRY(pagedkv_norm, norm_row)
 LAYER_ENTRY(pagedkv_gate, gate_row)
@@ -176,6 +190,27 @@ void pagedkv_write(const Rows* rows) {
       memcpy((char*)r.value_pool + (block * r.value_pool_stride[0] + h * r.value_pool_stride[1] + offset * r.value_pool_stride[2]) * r.item_nbytes,
              (const char*)r.value + (t * r.value_stride[0] + h * r.value_stride[1]) * r.item_nbytes, r.value_nbytes);
     }
+}
+
+// Rotates, stores and attends: ``pagedkv_rotate``, ``pagedkv_write`` and ``pagedkv_attend`` of one layer. Returns 0, or 1 for a dtype that
+// this build does not know.
+int32_t pagedkv_attend_joined(const Joined* joined, void* rows, const void* cosines, const void* sines, void* key_pool, void* value_pool,
+                              void* output, void* scratch) {
+  const Joined& j = *joined;
+  j.rotation->x = j.rotation->out = rows;
+  j.rotation->y = cosines;
+  j.rotation->weight = sines;
+  j.rows->key = (char*)rows + j.key_offset;
+  j.rows->value = (char*)rows + j.value_offset;
+  j.step->query = rows;
+  j.step->output = output;
+  j.rows->key_pool = key_pool;
+  j.rows->value_pool = value_pool;
+  j.step->key = key_pool;
+  j.step->value = value_pool;
+  if (pagedkv_rotate(j.rotation, j.num_threads)) return 1;
+  pagedkv_write(j.rows);
+  return pagedkv_attend(j.step, j.items, j.merges, j.counts, scratch, j.num_threads);
 }
 
 }  // extern "C"
