@@ -26,7 +26,7 @@ from pagedkv.plan import Int64Array, StepPlan
 from pagedkv.poisoning import Poison
 from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams, without_prompt_logits
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
-from pagedkv.responses import Response, with_texts
+from pagedkv.responses import Response
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
 from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
 from pagedkv.seating import Seating
@@ -497,12 +497,14 @@ class Engine:
             touched[request_id] = None
             completion = response.completion(branch_index)
             if sampled.logprobs is not None and (entry := sampled.logprobs[index]) is not None:
-                completion.logprobs.append(with_texts(entry, self._decoder))
+                completion.logprobs.append(completion.with_texts(entry))
             branch = next(branch for branch in response.record.branches if branch.index == branch_index)
             if branch.finish_reason is not None:
                 continue  # its last token is booked with its end, which knows whether it belongs to the text
             stop = completion.append([token])
-            if stop is not None:
+            if completion.failure is not None:
+                self._scheduler.finish(request_id, branch_index, "error", error=completion.failure)
+            elif stop is not None:
                 self._scheduler.finish(request_id, branch_index, "stop", stop_reason=stop)
         return touched
 
@@ -540,7 +542,7 @@ class Engine:
                 continue
             start = int(np.searchsorted(plan.logits_indices, first)) + again
             entries = prompt_logprobs(logits[start : start + count], prompt[booked + 1 : booked + 1 + count], wanted)
-            response.prompt_logprobs.extend(with_texts(entry, self._decoder) for entry in entries)
+            response.prompt_logprobs.extend(map(response.completion(0).with_texts, entries))
 
     def _book_use(self) -> None:
         use = zip(self._peak_blocks, self._manager.usable_blocks, self._manager.available_blocks, strict=True)

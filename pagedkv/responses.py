@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from pagedkv.errors import InvalidRequestError
 from pagedkv.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.pooling import Pooler
 from pagedkv.sampling import IncrementalDetokenizer, Logprob, SamplingParams, StopStrings, Tokenizer, TokenLogprobs
-from pagedkv.scheduling import Branch, RequestRecord
+from pagedkv.scheduling import Branch, FinishReason, RequestRecord
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +23,9 @@ class Completion:
         params: how its text is made.
         tokenizer: None for token ids only.
         prompt_token_ids: the tokens before it.
+
+    Attributes:
+        failure: what the tokenizer raised, if it did; there is no more text from then on.
     """
 
     params: SamplingParams
@@ -30,6 +34,7 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    failure: InvalidRequestError | None = None
     _detokenizer: IncrementalDetokenizer | None = None
     _stops: StopStrings | None = None
     _stopped_by: str | None = None
@@ -37,20 +42,36 @@ class Completion:
     def __post_init__(self) -> None:
         if self.tokenizer is not None and self.params.detokenize:
             skip = self.params.skip_special_tokens
-            self._detokenizer = IncrementalDetokenizer(self.tokenizer, self.prompt_token_ids, skip_special_tokens=skip)
+            try:
+                self._detokenizer = IncrementalDetokenizer(self.tokenizer, self.prompt_token_ids, skip_special_tokens=skip)
+            except Exception as error:
+                self._fail(error)
             self._stops = StopStrings(self.params.stop_strings, include=self.params.include_stop_str_in_output)
 
     def append(self, token_ids: Sequence[int]) -> str | None:
         """Take new tokens; returns the stop string that they completed, if any."""
         for token in token_ids:
             self.token_ids.append(token)
-            if self._detokenizer is not None and self._stops is not None:
-                # Below min_tokens a stop string is text like any other.
-                search = len(self.token_ids) >= self.params.min_tokens
-                self.text += self._stops.feed(self._detokenizer.append([token]), search=search)
-                if self._stops.matched is not None:
-                    return self._stops.matched
+            if self._detokenizer is None or self._stops is None:
+                continue
+            try:
+                text = self._detokenizer.append([token])
+            except Exception as error:
+                self._fail(error)
+                continue
+            # Below min_tokens a stop string is text like any other.
+            self.text += self._stops.feed(text, search=len(self.token_ids) >= self.params.min_tokens)
+            if self._stops.matched is not None:
+                return self._stops.matched
         return None
+
+    def with_texts(self, entry: TokenLogprobs) -> TokenLogprobs:
+        """The same log-probabilities with each token as text, where there is a tokenizer that can."""
+        try:
+            return entry if self.tokenizer is None else _with_texts(entry, self.tokenizer)
+        except Exception as error:
+            self._fail(error)
+            return entry
 
     def append_silently(self, token_id: int) -> None:
         """Take the token that ended it, which is no part of the text."""
@@ -59,7 +80,12 @@ class Completion:
     def finish(self, *, by_length: bool) -> None:
         """Flush what was held back; a stop string that only the last token allowed completed is what ended it."""
         if self._detokenizer is not None and self._stops is not None:
-            self.text += self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
+            try:
+                text = self._detokenizer.finish()
+            except Exception as error:
+                self._fail(error)
+                return
+            self.text += self._stops.feed(text) + self._stops.finish()
             self._stopped_by = self._stops.matched if by_length else None
             self._detokenizer = self._stops = None
 
@@ -73,9 +99,19 @@ class Completion:
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs) if asked else None,
             cumulative_logprob=sum(chosen) if asked else None,
-            finish_reason="stop" if self._stopped_by is not None else branch.finish_reason,
+            finish_reason=self._finish_reason(branch),
             stop_reason=branch.stop_reason if self._stopped_by is None else self._stopped_by,
         )
+
+    def _finish_reason(self, branch: Branch) -> FinishReason | None:
+        if self.failure is not None and branch.finish_reason is not None:
+            return "error"
+        return "stop" if self._stopped_by is not None else branch.finish_reason
+
+    def _fail(self, error: Exception) -> None:
+        self._detokenizer = None
+        self.failure = InvalidRequestError(f"the tokenizer could not turn tokens into text: {type(error).__name__}: {error}")
+        self.failure.__cause__ = error
 
 
 @dataclass(slots=True, eq=False)
@@ -144,15 +180,12 @@ class Response:
             events=record.events,
             finished=record.finished,
             prompt_logprobs=prompt_logprobs,
-            error=record.error,
+            error=record.error or next((each.failure for each in self.completions.values() if each.failure), None),
             embedding=self.pooler.result() if self.pooler is not None and pooled else None,
         )
 
 
-def with_texts(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
-    """The same log-probabilities with each token as text, where there is a tokenizer."""
-    if tokenizer is None:
-        return entry
+def _with_texts(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprobs:
     decode: Callable[..., str] = tokenizer.decode
     texts: dict[int, Logprob] = {
         token: replace(logprob, decoded_token=decode([token], skip_special_tokens=False)) for token, logprob in entry.items()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import pytest
 import torch
 from engine_support import PROMPTS, FailingBackend, Prompt, generate, greedy, new_engine, run_all, step, tokens_of
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pagedkv.engine import Engine
+from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import ClosedError, InvalidRequestError, InvariantError, PagedKVError, StepError, UnsupportedModelError
 from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
@@ -191,6 +192,41 @@ def test_logits_processor_that_raises_ends_that_request_only(runner: ModelRunner
     assert "no grammar rule" in str(bad.error)
     assert isinstance(bad.error.__cause__, LookupError)
     assert ended["neighbour"].outputs[0].token_ids == references[PROMPTS[0]][:8]
+
+
+class Forgetful:
+    """A tokenizer that has no text for one token, and raises."""
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        if self._token in token_ids:
+            raise TypeError("sequence item 0: expected str instance, NoneType found")
+        return "".join(chr(65 + token) for token in token_ids)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"logprobs": 0}, {"prompt_logprobs": 0}])
+def test_tokenizer_that_raises_ends_that_request_only(
+    stream: bool, asked: dict[str, int], runner: ModelRunner, references: dict[Prompt, tuple[int, ...]]
+) -> None:
+    want = references[PROMPTS[1]][:8]
+    unknown = PROMPTS[1][1] if "prompt_logprobs" in asked else want[3]
+    assert unknown not in (*PROMPTS[0], *references[PROMPTS[0]][:8])
+    tokenizer = cast("PreTrainedTokenizerBase", Forgetful(unknown))
+    engine = Engine(runner, EngineConfig(num_blocks=60), tokenizer=tokenizer)
+    engine.add_request("neighbour", PROMPTS[0], greedy())
+    engine.add_request("bad", PROMPTS[1], greedy(**asked), stream=stream)
+    ended = run_all(engine)
+    (bad,) = ended["bad"].outputs
+    assert bad.finish_reason == "error"
+    assert bad.token_ids == want[: len(bad.token_ids)]
+    assert isinstance(ended["bad"].error, InvalidRequestError)
+    assert "the tokenizer could not turn tokens into text: TypeError" in str(ended["bad"].error)
+    assert isinstance(ended["bad"].error.__cause__, TypeError)
+    assert ended["neighbour"].outputs[0].text == "".join(chr(65 + token) for token in references[PROMPTS[0]][:8])
+    assert ended["neighbour"].error is None
 
 
 def test_model_put_in_training_mode_is_refused_at_the_step_and_goes_on_after_eval(references: dict[Prompt, tuple[int, ...]]) -> None:

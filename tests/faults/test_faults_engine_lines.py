@@ -1,4 +1,4 @@
-"""An exception at every line of the engine while it serves: the work goes on to the same outputs, or the engine refuses from then on."""
+"""An exception at every line of the engine while it serves: it serves on to the same outputs, ends one request, or refuses from then on."""
 
 from __future__ import annotations
 
@@ -196,8 +196,10 @@ def try_all(stop: str, want: dict[str, tuple[object, ...]], *, every: bool, pers
         service = Service(number, Fault(index, persistent=persistent))
         try:
             got = service.serve(stop)
-            assert got == want
-            outcomes["served on"] += 1
+            ended = [name for name, output in service.outputs.items() if is_injected(output.error)]
+            assert {name: got[name] for name in got if name not in ended} == {name: want[name] for name in want if name not in ended}
+            assert len(ended) <= 1
+            outcomes["ended one request" if ended else "served on"] += 1
         except BrokenError:
             outcomes["declared broken"] += 1
             assert_refuses(service.engine)
@@ -212,7 +214,7 @@ def test_exception_at_every_seventh_line_of_the_engine_is_survived_with_the_same
 ) -> None:
     outcomes = try_all(stop, want, every=False, stride=7)
     assert outcomes["served on"] > 40
-    assert outcomes["declared broken"] > 15
+    assert outcomes["declared broken"] > 10
 
 
 @pytest.mark.slow
