@@ -74,12 +74,13 @@ class Pooler:
                 self._parts = [states[-1].float()]
             return
         fresh = states[self._num_taken - position :].float()
-        self._num_taken += len(fresh)
+        taken = self._num_taken + len(fresh)
+        # One statement: a step that is stopped between the two would be undone, and its tokens counted twice or never.
         if self.params.pooling == "all":
-            self._parts.append(fresh)
+            self._parts, self._num_taken = [*self._parts, fresh], taken
         elif len(fresh):
             total = fresh.sum(dim=0)
-            self._sum = total if self._sum is None else self._sum + total
+            self._sum, self._num_taken = total if self._sum is None else self._sum + total, taken
 
     def result(self) -> Float32Array:
         """``[H]``, or ``[P, H]`` for all; read-only."""
