@@ -433,6 +433,11 @@ def _conversations(messages: object) -> list[Sequence[Message]]:
         for message in conversation:
             if not isinstance(message, Mapping) or "role" not in message:
                 raise InvalidRequestError(f"a message is {shown(message)}: it must be a dict with role and content")
+            content = message.get("content")
+            parts = content if isinstance(content, Sequence) and not isinstance(content, str | bytes) else []
+            media = [part["type"] for part in parts if isinstance(part, Mapping) and part.get("type", "text") != "text"]
+            if media:  # a template would leave a mark in its place, and the model would answer to that
+                raise InvalidRequestError(f"a message has content of type {media[0]!r}: only text is served, no images, audio or video")
     return several
 
 

@@ -29,6 +29,8 @@ class PromptDict(TypedDict, total=False):
     priority: int
 
 
+_MEDIA = ("multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids")  # vLLM's names
+
 Prompt = str | Sequence[int] | PromptDict
 
 
@@ -116,6 +118,9 @@ def _as_fields(prompt: Prompt | ParsedPrompt) -> Mapping[str, object]:
         return {"prompt": prompt}
     if not isinstance(prompt, Mapping):
         return {"prompt_token_ids": prompt}
+    media = [field for field in prompt if field in _MEDIA]
+    if media:
+        raise InvalidRequestError(f"prompt field {media[0]}: images, audio and video are not served, only the text part of a model is run")
     unknown = [field for field in prompt if field not in PromptDict.__annotations__]
     if unknown:
         names = ", ".join(sorted(map(str, unknown)))

@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedModelError
@@ -61,7 +71,7 @@ def load_model(
     folder = _folder(model)
     target = as_device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _refused(f"model {os.fspath(model)!r}"):
-        pair: Any = AutoModelForCausalLM.from_pretrained(
+        pair: Any = model_class(load_config(folder)).from_pretrained(
             folder,
             dtype="auto" if wanted is None else wanted,
             trust_remote_code=False,  # None asks on the terminal
@@ -122,6 +132,12 @@ def load_config(model: ModelName) -> PreTrainedConfig:
     with _refused(f"model {os.fspath(model)!r}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)
     return config
+
+
+def model_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class of transformers that makes a model with a language model head of a config: of one with images, where there is no other."""
+    known, with_images = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if type(config) in with_images and type(config) not in known else AutoModelForCausalLM
 
 
 def parse_dtype(dtype: DtypeName) -> torch.dtype | None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.attention import Mask
 from pagedkv.checks import integer
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.groups import LayerGroups, group_layers
 from pagedkv.models.limits import max_positions
-from pagedkv.models.loading import DtypeName, load_config, parse_dtype
+from pagedkv.models.loading import DtypeName, load_config, model_class, parse_dtype
 from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_config, check_model
 from pagedkv.storage import LayerSpec
@@ -173,7 +173,7 @@ def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     check_config(config, name=type(config).__name__)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = model_class(config).from_config(config)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise UnsupportedModelError(f"{type(config).__name__}: {error}") from error
     model.eval()  # type: ignore[no-untyped-call]

@@ -274,6 +274,14 @@ CHATS = table(
     ("no message", InvalidRequestError, "a conversation is empty", lambda llm: llm.chat([[]])),
     ("nothing", InvalidRequestError, "the list of prompts is empty", lambda llm: llm.chat([])),
     ("a message of numbers", InvalidRequestError, "a message is 5", lambda llm: llm.chat([[5]])),
+    (
+        "a message with an image",
+        InvalidRequestError,
+        "content of type 'image_url'",
+        lambda llm: llm.chat(
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]}]
+        ),
+    ),
     ("a message without a role", InvalidRequestError, "a message is {'content': 'a'}", lambda llm: llm.chat([{"content": "a"}])),
     ("a lone surrogate", InvalidRequestError, "no text that can be encoded", lambda llm: llm.generate("\ud800")),
 )
