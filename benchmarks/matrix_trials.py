@@ -9,7 +9,7 @@ import logging
 import resource
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Verdict:
         tier: how it runs where it runs.
         mixes: what each mix of requests gave.
         expected: prompts and what ``generate`` says to each, for whoever is tried next.
+        inconsistent: whether ``generate`` says something else without a cache, so that nobody can be right.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Verdict:
     tier: str = ""
     mixes: tuple[MixReport, ...] = ()
     expected: tuple[tuple[Prompt, tuple[int, ...]], ...] = field(default=(), repr=False)
+    inconsistent: bool = False
 
 
 def try_ours(model_type: str, seed: int) -> Verdict:
@@ -61,31 +63,37 @@ def _judge_model(model: PreTrainedModel, seed: int) -> Verdict:
     try:
         references = References(model, num_token_ids=NUM_TOKEN_IDS, seed=seed)
         inconsistency = references.inconsistency()
-        own = f" (besides, generate contradicts itself: {inconsistency})" if inconsistency else ""
-        expected = tuple((prompt, references[prompt].token_ids) for prompt in references.prompts)
     except Exception as error:
-        references, own, expected = None, f" (besides, its own generate fails: {_words(error)})", ()
+        return _without_reference(model, error)
+    verdict = _judge_engine(model, references, inconsistency)
+    expected = tuple((prompt, references[prompt].token_ids) for prompt in references.prompts)
+    detail = f"{verdict.detail} (besides, generate contradicts itself: {inconsistency})" if inconsistency else verdict.detail
+    return replace(verdict, detail=detail, expected=expected, inconsistent=inconsistency is not None)
+
+
+def _judge_engine(model: PreTrainedModel, references: References, inconsistency: str | None) -> Verdict:
     try:
         runner = parity_runner(model)
     except (UnsupportedModelError, UnsupportedBackendError) as error:
-        return Verdict(REFUSED, str(error) + own, expected=expected)
+        return Verdict(REFUSED, str(error))
     except Exception as error:
-        return Verdict(FAILS, _words(error), expected=expected)
-    if references is None:
-        return Verdict(NO_REFERENCE, own, _tier(runner))
+        return Verdict(FAILS, _words(error))
     if runner.max_positions_reason is not None and runner.max_positions is not None and runner.max_positions < references.longest:
-        return Verdict(REFUSED, f"beyond {runner.max_positions} tokens: {runner.max_positions_reason}", _tier(runner), expected=expected)
+        return Verdict(REFUSED, f"beyond {runner.max_positions} tokens: {runner.max_positions_reason}", _tier(runner))
     mixes = run_mixes(runner, references)
-    kind, detail = _judged(mixes, inconsistency)
-    return Verdict(kind, detail, _tier(runner), mixes, expected)
-
-
-def _judged(mixes: Sequence[MixReport], inconsistency: str | None) -> tuple[str, str]:
     different = [f"{mix.name}: {mix.difference}" for mix in mixes if mix.difference is not None]
     failed = [f"{mix.name}: {mix.error}" for mix in mixes if mix.error is not None]
     if different:
-        return (WRONG, different[0]) if inconsistency is None else (INCONSISTENT, f"{inconsistency}; ours: {different[0]}")
-    return (FAILS, failed[0]) if failed else (RIGHT, "")
+        return Verdict(WRONG if inconsistency is None else INCONSISTENT, different[0], _tier(runner), mixes)
+    return Verdict(FAILS, failed[0], _tier(runner), mixes) if failed else Verdict(RIGHT, "", _tier(runner), mixes)
+
+
+def _without_reference(model: PreTrainedModel, error: Exception) -> Verdict:
+    own = f"its own generate fails: {_words(error)}"
+    try:
+        return Verdict(NO_REFERENCE, own, _tier(parity_runner(model)))
+    except (UnsupportedModelError, UnsupportedBackendError) as refusal:
+        return Verdict(REFUSED, f"{refusal} (besides, {own})")
 
 
 def try_seq2seq(model_type: str, seed: int) -> Verdict:
@@ -105,7 +113,9 @@ def try_seq2seq(model_type: str, seed: int) -> Verdict:
         return Verdict(FAILS, _words(error))
 
 
-def try_continuous_batching(model_type: str, seed: int, implementation: str, expected: Sequence[tuple[Prompt, tuple[int, ...]]]) -> Verdict:
+def try_continuous_batching(
+    model_type: str, seed: int, implementation: str, expected: Sequence[tuple[Prompt, tuple[int, ...]]], inconsistent: bool
+) -> Verdict:
     """A decoder in transformers' ``generate_batch``, with the sizes that ours had: blocks of 4 tokens, steps of few."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -126,7 +136,9 @@ def try_continuous_batching(model_type: str, seed: int, implementation: str, exp
     if errors or len(found) < len(wanted):
         return Verdict(FAILS, errors[0] if errors else f"{len(found)} of {len(wanted)} results")
     equal = sum(list(output.generated_tokens) == tokens for output, tokens in zip(found.values(), wanted, strict=True))
-    return Verdict(RIGHT) if equal == len(wanted) else Verdict(WRONG, f"{equal} of {len(wanted)} outputs as alone, no error given")
+    if equal == len(wanted):
+        return Verdict(RIGHT)
+    return Verdict(INCONSISTENT if inconsistent else WRONG, f"{equal} of {len(wanted)} outputs as alone, no error given")
 
 
 def _tier(runner: ModelRunner) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common import Report, arguments, without_paths
@@ -30,6 +30,7 @@ from matrix_trials import (
     try_ours,
     try_seq2seq,
 )
+from verdict_store import VerdictStore
 
 from pagedkv.testing.architectures import decoder_architectures, encoder_decoder_architectures
 
@@ -38,6 +39,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 PRELOAD = ("matrix_trials", "transformers", "pagedkv.testing.parity")
 KINDS = (RIGHT, WRONG, FAILS, REFUSED, INCONSISTENT, NO_REFERENCE, NOT_BUILT)
 Verdicts = dict[str, Verdict]
+Trial = Callable[..., Verdict]
 
 
 def main() -> None:
@@ -46,14 +48,14 @@ def main() -> None:
     parser.add_argument("--no-rivals", action="store_true", help="leave transformers' continuous batching out")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one trial may take")
+    parser.add_argument("--store", type=Path, metavar="PATH", help="verdicts are added to this file, and those in it are not tried again")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the tables to this file")
     options = parser.parse_args()
     report = Report("Every architecture of this transformers: our engine and its own continuous batching against generate", options.json)
     decoders, seq2seq = chosen(options)
-    ours = run_ours(decoders, options)
+    ours = run(decoders, try_ours, options)
     rivals = {} if options.no_rivals else run_rivals(ours, options)
-    listed = collect([(name, options.seed) for name in seq2seq], try_seq2seq, options)
-    write(report, ours, rivals, dict(zip(seq2seq, listed, strict=True)))
+    write(report, ours, rivals, run(seq2seq, try_seq2seq, options))
     if options.markdown is not None:
         options.markdown.write_text(report.markdown())
     report.finish()
@@ -75,29 +77,40 @@ def chosen(options: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(name for name in names if name in decoders), tuple(name for name in names if name in seq2seq)
 
 
-def run_ours(decoders: Sequence[str], options: Namespace) -> Verdicts:
-    return dict(zip(decoders, collect([(name, options.seed) for name in decoders], try_ours, options), strict=True))
+def run(names: Sequence[str], trial: Trial, options: Namespace) -> Verdicts:
+    """A trial of our own for each architecture."""
+    return collect({name: (name, options.seed) for name in names}, trial, options)
 
 
 def run_rivals(ours: Mapping[str, Verdict], options: Namespace) -> dict[str, Verdicts]:
     """Continuous batching by implementation of attention, for every architecture whose ``generate`` gives something to compare with."""
     names = [name for name, verdict in ours.items() if verdict.expected]
-    found: dict[str, Verdicts] = {}
-    for implementation in IMPLEMENTATIONS:
-        calls = [(name, options.seed, implementation, ours[name].expected) for name in names]
-        found[implementation] = dict(zip(names, collect(calls, try_continuous_batching, options), strict=True))
-    return found
+    return {
+        implementation: collect(
+            {name: (name, options.seed, implementation, ours[name].expected, ours[name].inconsistent) for name in names},
+            try_continuous_batching,
+            options,
+            implementation,
+        )
+        for implementation in IMPLEMENTATIONS
+    }
 
 
-def collect(calls: Sequence[tuple[object, ...]], trial: object, options: Namespace) -> list[Verdict]:
-    """The verdicts in the order of the calls; progress is printed as they come."""
-    verdicts: dict[int, Verdict] = {}
-    for index, answer in run_isolated(trial, calls, jobs=options.jobs, timeout_s=options.timeout, preload=PRELOAD):  # type: ignore[arg-type]
+def collect(calls: Mapping[str, tuple[object, ...]], trial: Trial, options: Namespace, *more: str) -> Verdicts:
+    """The verdicts in the order of the calls; progress is printed as they come. ``more`` tells calls of one trial apart."""
+    store = VerdictStore(options.store)
+    verdicts: dict[str, Verdict | None] = {name: store.get(trial.__name__, name, options.seed, *more) for name in calls}
+    missing = [name for name, verdict in verdicts.items() if verdict is None]
+    arguments_of_missing = [calls[name] for name in missing]
+    done = len(calls) - len(missing)
+    for index, answer in run_isolated(trial, arguments_of_missing, jobs=options.jobs, timeout_s=options.timeout, preload=PRELOAD):
         verdict = Verdict(FAILS, answer.reason) if isinstance(answer, Lost) else answer
-        verdicts[index] = verdict
+        verdicts[missing[index]] = verdict
+        store.keep(verdict, trial.__name__, missing[index], options.seed, *more)
+        done += 1
         words = f": {verdict.detail}" if verdict.detail else ""
-        print(f"{len(verdicts)}/{len(calls)} {calls[index][0]} {verdict.kind} {verdict.tier}{without_paths(words)[:160]}", flush=True)
-    return [verdicts[index] for index in range(len(calls))]
+        print(f"{done}/{len(calls)} {missing[index]} {verdict.kind} {verdict.tier}{without_paths(words)[:160]}", flush=True)
+    return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
 
 
 def write(report: Report, ours: Verdicts, rivals: Mapping[str, Verdicts], seq2seq: Verdicts) -> None:

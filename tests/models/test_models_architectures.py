@@ -14,7 +14,7 @@ from pagedkv.testing.architectures import decoder_architectures, encoder_decoder
 from pagedkv.testing.models import WINDOW, tiny_model
 from pagedkv.testing.parity import References, generate_alone, parity_runner, run_mixes
 
-SMOKE = ("bloom", "cohere2", "deepseek_v3", "gpt_neox", "olmoe")
+SMOKE = ("bloom", "cohere2", "deepseek_v3", "gpt_neox_japanese", "lfm2")
 NUM_TOKEN_IDS = 90  # the last of the 97 are left to what an architecture takes for special
 
 
@@ -35,13 +35,9 @@ def assert_parity(model: PreTrainedModel, what: str) -> None:
     assert sum(mix.num_preemptions for mix in mixes) > 0, f"{what}: the small pool took nobody's blocks"
 
 
-@pytest.mark.parametrize("model_type", SMOKE)
+@pytest.mark.parametrize("model_type", SMOKE)  # ALiBi, windows, latents, views of keys, convolutions
 def test_mixes_of_one_architecture_of_each_kind_give_the_tokens_of_each_prompt_alone(model_type: str) -> None:
     assert_parity(shrunk_model(model_type), model_type)
-
-
-def test_model_that_takes_views_of_its_keys_is_given_what_it_can_view() -> None:
-    assert_parity(shrunk_model("gpt_neox_japanese"), "gpt_neox_japanese")
 
 
 @pytest.mark.slow
@@ -100,7 +96,7 @@ def test_model_whose_own_cache_contradicts_it_is_served_as_far_as_both_agree() -
             llm.generate([list(range(3, 3 + WINDOW))], greedy, use_tqdm=False)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral", "llama4_text"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama4_text"])
 def test_model_whose_own_cache_keeps_what_its_masks_show_is_served_to_its_end(model_type: str) -> None:
     runner = parity_runner(shrunk_model(model_type))
     assert (runner.max_positions, runner.max_positions_reason) == (256, None)
