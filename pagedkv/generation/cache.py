@@ -7,7 +7,7 @@ them is decided by its pool, which sees every forward of the model before the mo
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 from weakref import finalize
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from pagedkv.generation.pool import CachePool
 from pagedkv.generation.rows import Rows
+from pagedkv.generation.states import LayerStates
 
 
 class PagedCache(Cache):
@@ -97,8 +98,7 @@ class PagedCache(Cache):
         return f"PagedCache({self._rows!r})"
 
     def _lay_out(self, pool: CachePool, rows: Rows) -> None:
-        # Cache.__init__ wants layer objects that hold tensors; there are none here.
-        self.layers = []
+        # Cache.__init__ wants layer objects that hold K and V; there are none here.
         self.layer_class_to_replicate = None
         self.offloading = False
         self._pool = pool
@@ -170,7 +170,9 @@ class PagedCache(Cache):
             rows.crop(-int(tokens_to_remove))
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: windowed layers keep their past."""
+        """Make layers with states of convolutions keep what ``crop`` needs; K and V are always kept."""
+        if self._kept is not None:
+            self._kept.record()
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """True: every layer can be cropped."""
@@ -194,48 +196,61 @@ class PagedCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """True: tables are cut."""
-        return True
+        """Whether ``crop`` leaves no trace: always, but for recurrent states."""
+        return self._kept is None or self._kept.is_croppable
+
+    @property
+    def layers(self) -> list[Any]:  # type: ignore[override]  # there it is an attribute, that nobody but the class itself sets
+        """The layers of transformers' own that keep what is no K and V; none for most models."""
+        return [] if self._kept is None else self._kept.cache.layers
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Empty: no layer objects."""
-        return []
+        """All False: the K and V of all columns are there."""
+        return [False] * len(self.layers)
 
     @property
     def is_linear(self) -> list[bool]:
-        """Empty: no layer objects."""
-        return []
+        """Which layers have a state alone."""
+        return [] if self._kept is None else self._kept.cache.is_linear
 
     @property
     def is_dummy(self) -> list[bool]:
-        """Empty: no layer objects."""
-        return []
+        """Which layers have nothing."""
+        return [] if self._kept is None else self._kept.cache.is_dummy
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Refuses: only recurrent layers ask."""
-        _refuse_recurrent()
+        """Whether a layer's state has taken in a token."""
+        return self._states.has_previous_state(layer_idx, state_idx)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Refuses: recurrent state is not K and V."""
-        _refuse_recurrent()
+        """A layer's convolutional state; None before its first token."""
+        return self._states.get_conv_state(layer_idx, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Refuses: recurrent state is not K and V."""
-        _refuse_recurrent()
+        """Take new columns into a layer's convolutional state."""
+        return self._states.update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Refuses: recurrent state is not K and V."""
-        _refuse_recurrent()
+        """A layer's recurrent state; None before its first token."""
+        return self._states.get_recurrent_state(layer_idx, state_idx)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Refuses: recurrent state is not K and V."""
-        _refuse_recurrent()
+        """Replace a layer's recurrent state."""
+        return self._states.update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        """Refuses: the keys of an indexer are not stored."""
-        raise UnsupportedModelError("the model chooses its keys with an indexer (sparse attention), which PagedCache does not store")
+        """Store the new keys of a layer's indexer and return all."""
+        return self._states.update_indexer(indexer_key_states, layer_idx)
 
+    @property
+    def _kept(self) -> LayerStates | None:
+        """What layers keep beside K and V."""
+        beside = self._rows.beside
+        return beside if isinstance(beside, LayerStates) else None
 
-def _refuse_recurrent() -> NoReturn:
-    raise UnsupportedModelError("the model has recurrent, convolutional or linear-attention layers, whose state PagedCache does not store")
+    @property
+    def _states(self) -> Cache:
+        if self._kept is None:
+            raise UnsupportedModelError("the model asks for states of layers, and had none when it was tried")
+        return self._kept.cache

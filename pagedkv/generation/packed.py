@@ -37,6 +37,10 @@ class PackedReading:
         self._windows = runner.report.windows + runner.report.windows_not_crossed
         self._batches = BatchBuilder(runner.device, runner.block_size)
 
+    def close(self) -> None:
+        """Free what the runner holds beside the model."""
+        self._runner.close()
+
     def can_run(self, call: ForwardCall, rows: Rows) -> bool:
         """Whether a forward comes out packed as it would otherwise.
 

@@ -27,6 +27,7 @@ from pagedkv.generation.call import ForwardReader
 from pagedkv.generation.dense import DenseForward
 from pagedkv.generation.packed import PackedForward, PackedReading
 from pagedkv.generation.rows import Growth, NewColumns, Rows
+from pagedkv.generation.states import LayerStates
 from pagedkv.models import ModelRunner
 from pagedkv.models.memory import free_memory
 from pagedkv.models.replacements import Wanted
@@ -104,7 +105,7 @@ class CachePool:
         nbytes_per_block = block_size * sum(layer.nbytes_per_token(reference.dtype) for layer in reference.layers)
         size = _num_blocks(num_blocks, kv_cache_memory_bytes, block_size=block_size, nbytes_per_block=nbytes_per_block, device=model.device)
         self._model = model
-        self._layers, self._dtype = reference.layers, reference.dtype
+        self._layers, self._dtype, self._keeps_states = reference.layers, reference.dtype, reference.keeps_states
         self._index = {layer: place for place, layer in enumerate(reference.layer_ids)}
         self._reader = ForwardReader(model)
         self._packed: PackedReading | None = None
@@ -146,6 +147,8 @@ class CachePool:
         if tier == "dense":
             return
         try:
+            if reference.keeps_states:
+                raise UnsupportedModelError("layers keep states beside K and V, which packed forwards of generate() do not follow")
             runner = ModelRunner(self._model, block_size=block_size, tier="packed", pack_linears=pack_linears, fuse=fuse)
         except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
             setting = isinstance(error, ConfigError) and not isinstance(error, UnsupportedModelError | UnsupportedBackendError)
@@ -241,6 +244,8 @@ class CachePool:
             self._seats.clear()
             self._storage.close()
             self._unhook()
+            if self._packed is not None:
+                self._packed.close()
 
     def __enter__(self) -> Self:
         return self
@@ -258,7 +263,8 @@ class CachePool:
             self._num_named += 1
             private = namespace is None
             name = f"\0cache {self._num_named}" if namespace is None else namespace
-            return self._seat(Rows(self._manager, name, private=private))
+            beside = LayerStates(self._model) if self._keeps_states else None
+            return self._seat(Rows(self._manager, name, private=private, beside=beside))
 
     def fork(self, rows: Rows) -> Rows:
         """Rows for a cache that starts as a copy of another."""

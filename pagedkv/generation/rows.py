@@ -10,6 +10,7 @@ Owns the rows and their sequences. It does not own blocks (the manager's) and se
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -71,6 +72,22 @@ class Growth:
         return int(self.stored.shape[1])
 
 
+class Beside(Protocol):
+    """What is kept for the same rows elsewhere, and follows them."""
+
+    def select(self, indices: Int64Array) -> None:
+        """Make row ``i`` what row ``indices[i]`` was."""
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the last columns, or refuse that."""
+
+    def fork(self) -> Self:
+        """The same once more."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+
 class Rows:
     """The rows of one batch; none before the first forward, whose number of rows stays.
 
@@ -78,9 +95,11 @@ class Rows:
         manager: holds the sequences.
         namespace: within which prefixes are shared, in the batch and with whoever uses the same name.
         private: whether nobody else is to use the name, so that what was cached under it is forgotten with the rows.
+        beside: what else is kept for the rows.
     """
 
-    def __init__(self, manager: KVCacheManager, namespace: str, *, private: bool) -> None:
+    def __init__(self, manager: KVCacheManager, namespace: str, *, private: bool, beside: Beside | None = None) -> None:
+        self.beside = beside
         self._manager = manager
         self._namespace = namespace
         self._private = private
@@ -179,10 +198,10 @@ class Rows:
             self._fork(growth, origin)
             self._reserve(growth, new)
         except OutOfBlocksError as error:
-            self.cancel(growth)
+            self._undo(growth)
             raise OutOfBlocksError(needed=error.needed, available=error.available, change=_MORE_BLOCKS) from None
         except BaseException:
-            self.cancel(growth)
+            self._undo(growth)
             raise
         return growth
 
@@ -192,13 +211,17 @@ class Rows:
             self._manager.complete(growth.seqs[growth.active])
         self._owner, self._seqs, self._stored, self._lengths = growth.owner, growth.seqs, growth.stored, growth.lengths
 
-    def cancel(self, growth: Growth) -> bool:
+    def cancel(self, growth: Growth) -> None:
         """Take a growth back, because its step did not run to the end.
 
-        Returns:
-            Whether the rows are as they were before it. They are not, and all are released, when the step would have copied a
-            block that is shared: whether the copy holds what it should is not known then.
+        The rows are as they were before it, or all released: when the step would have copied a block that is shared, since whether the
+        copy holds what it should is not known then, and when something beside K and V may have changed.
         """
+        self._undo(growth)
+        if self.beside is not None:
+            self.release()
+
+    def _undo(self, growth: Growth) -> None:
         if growth.added:
             self._manager.release(growth.added)
         seqs, lengths = list(growth.before), list(growth.before.values())
@@ -207,7 +230,6 @@ class Rows:
         kept = bool(self._manager.table.num_computed[self._manager.rows_of(seqs)].tolist() == lengths)
         if not kept:
             self.release()
-        return kept
 
     def select(self, indices: Int64Array) -> None:
         """Make row ``i`` what row ``indices[i]`` was. No block is copied; sequences that no row refers to are released."""
@@ -215,6 +237,8 @@ class Rows:
             raise InvalidRequestError(f"rows {indices.tolist()} were selected: there are {self.num_rows}")
         if not len(indices):
             return self.release()
+        if self.beside is not None:
+            self.beside.select(indices)
         owner = self._owner[indices]
         used, self._owner = np.unique(owner, return_inverse=True)
         if len(used) < len(self._seqs):
@@ -230,13 +254,16 @@ class Rows:
         """
         if not 0 <= num_columns <= self.num_columns:
             raise InvalidRequestError(f"{num_columns} tokens were to be removed: the cache has {self.num_columns}")
+        if self.beside is not None:
+            self.beside.crop(num_columns)
         left = self.num_columns - num_columns
         self._cut(self._lengths - np.count_nonzero(self._stored[:, left:], axis=1))
         self._stored = self._stored[:, :left]
 
     def fork(self) -> Rows:
         """The same rows once more, over the same blocks: who writes into a shared block first gets a copy of it."""
-        copy = Rows(self._manager, self._namespace, private=self._private)
+        beside = None if self.beside is None else self.beside.fork()
+        copy = Rows(self._manager, self._namespace, private=self._private, beside=beside)
         opened = self._seqs.nonzero()[0]
         free = self._manager.num_free_seqs
         if len(opened) > free:
@@ -252,6 +279,8 @@ class Rows:
         seqs = self._seqs[self._seqs != 0]
         self._clear()
         self._release(seqs)
+        if self.beside is not None:
+            self.beside.reset()
         if self._private:
             self._manager.purge(self._namespace)
 

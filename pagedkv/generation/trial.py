@@ -5,6 +5,7 @@ Owns the tokens of the trial and its bound. The reference is transformers' own d
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.generation.cache import PagedCache
-from pagedkv.models.call import logits_of
+from pagedkv.generation.states import keeps_states
+from pagedkv.models.call import ModelCall, logits_of
 from pagedkv.models.limits import num_token_ids
 from pagedkv.storage import LayerSpec
 
@@ -36,12 +38,14 @@ class Reference:
         layer_ids: transformers' indices of the layers that store K and V, ascending.
         layers: the geometry of each.
         dtype: of K and V.
+        keeps_states: whether layers keep more than K and V.
         logits: the last logits of each row after each forward, ``[R, V]`` float32.
     """
 
     layer_ids: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
     dtype: torch.dtype
+    keeps_states: bool
     logits: tuple[Tensor, ...]
 
 
@@ -60,9 +64,7 @@ def run_reference(model: PreTrainedModel) -> Reference:
         raise UnsupportedModelError(f"{name} failed over transformers' own cache: {type(error).__name__}: {error}") from error
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(cache.layers):
-        if not hasattr(layer, "keys") or hasattr(layer, "conv_states") or hasattr(layer, "indexer_keys"):
-            raise UnsupportedModelError(f"{name}: layer {index} keeps a {type(layer).__name__}: PagedCache stores K and V only")
-        keys, values = layer.keys, layer.values
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.numel():
             found[index] = (keys, values)
     if not found:
@@ -76,6 +78,7 @@ def run_reference(model: PreTrainedModel) -> Reference:
         layer_ids=tuple(found),
         layers=tuple(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in found.values()),
         dtype=dtypes.pop(),
+        keeps_states=keeps_states(cache),
         logits=logits,
     )
 
@@ -119,6 +122,9 @@ def _check(model: object) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model, which a cache of self-attention alone would make silently wrong")
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} does not generate: load it with AutoModelForCausalLM")
+    ModelCall(model)  # refuses a model that takes no past_key_values
+    if "cache_params" in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{name} takes its cache as cache_params, not past_key_values: it keeps recurrent state alone")
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
     if model.device.type == "meta":

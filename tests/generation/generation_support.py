@@ -44,13 +44,28 @@ _LATENT: dict[str, Any] = {
 }
 _FALCON: dict[str, Any] = {**_BASE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
 _CHUNKED: dict[str, Any] = {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 2}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_JAMBA: dict[str, Any] = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8, "use_mamba_kernels": False}
 _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {**_BASE, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon_alibi": ("falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "new_decoder_architecture": False}),
     "gptj": ("gptj", {**_GPT, "rotary_dim": 4, "tie_word_embeddings": False}),
     "mpt": ("mpt", {**_BASE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    "deepseek_v32": ("deepseek_v32", {**_LATENT, "index_topk": 6, "index_n_heads": 32, "index_head_dim": 8}),
     "diffllama": ("diffllama", _WIDE),
+    "falcon_h1": ("falcon_h1", {**_WIDE, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
+    "jamba": ("jamba", {**_WIDE, **_JAMBA, "num_experts_per_tok": 1}),
+    "lfm2": ("lfm2", {**_WIDE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "qwen3_next": ("qwen3_next", {**_WIDE, **_EXPERTS, **_LINEAR, "head_dim": 16}),
     "llama4": (
         "llama4_text",
         {**_WIDE, **_CHUNKED, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1},

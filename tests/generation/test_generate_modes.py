@@ -23,18 +23,28 @@ BATCH = {
     "prefill in chunks": {"prefill_chunk_size": 3},
     "beams, prefill in chunks": {"prefill_chunk_size": 4, "num_beams": 4},
 }
-DENSE = ("falcon_alibi", "bloom", "gptj", "mpt")  # their code does not call attention through transformers' interface
-EARLY = {"packed": ("llama", "gemma2", "deepseek_v3"), "dense": ("gpt2", "bloom")}  # the others are in the long sweep
-FEW = {"packed": ("gemma2",), "dense": ("bloom",)}
+ASSISTED = ("prompt look-up", "draft model")
+WITHOUT_INTERFACE = ("falcon_alibi", "bloom", "gptj", "mpt")  # their code does not call attention through transformers' interface
+RECURRENT = ("falcon_h1", "jamba", "lfm2", "qwen3_next")  # for which transformers has no assisted generation
+DENSE = (*WITHOUT_INTERFACE, *RECURRENT, "deepseek_v32")
+EARLY = {"packed": ("llama", "gemma2", "deepseek_v3"), "dense": ("gpt2", "bloom", "qwen3_next")}  # the others are in the long sweep
+FEW = {
+    "packed": {"gemma2": ("several beams", "sampled beams", "beams, prefill in chunks", "draft model")},
+    "dense": {"bloom": ("sampling", "several samples", "prefill in chunks", "prompt look-up")},
+}
+
+
+def _always(mode: str, name: str, tier: str, often: tuple[str, ...]) -> bool:
+    return name in EARLY[tier] if mode in often else mode in FEW[tier].get(name, ())
 
 
 def cases(*modes: str, often: tuple[str, ...] = ()) -> list[Any]:
     return [
-        pytest.param(mode, name, tier, marks=() if name in (EARLY if mode in often else FEW)[tier] else pytest.mark.slow)
+        pytest.param(mode, name, tier, marks=() if _always(mode, name, tier, often) else pytest.mark.slow)
         for mode in modes
         for name in NAMES
         for tier in ("packed", "dense")
-        if tier == "dense" or name not in DENSE
+        if (tier == "dense" or name not in DENSE) and (mode not in ASSISTED or name not in RECURRENT)
     ]
 
 
@@ -58,17 +68,17 @@ def test_generate_over_blocks_gives_the_same_tokens(mode: str, name: str, tier: 
     compare(pool_of(name, tier), tokens, f"{mode} on {name}, {tier}", attention_mask=mask, **BATCH[mode])
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_model_that_cannot_be_packed_is_dense_and_says_why(name: str) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("bloom", "AttentionInterface"), ("lfm2", "states"), ("deepseek_v32", "states")])
+def test_model_that_cannot_be_packed_is_dense_and_says_why(name: str, reason: str) -> None:
     model = small_model(name)
     with CachePool(model, num_blocks=9) as pool:
         assert pool.tier == "dense"
-        assert "AttentionInterface" in str(pool.tier_reason)
-    with pytest.raises(UnsupportedModelError, match="AttentionInterface"):
+        assert reason in str(pool.tier_reason)
+    with pytest.raises(UnsupportedModelError, match=reason):
         CachePool(model, tier="packed")
 
 
-@pytest.mark.parametrize(("mode", "name", "tier"), cases("prompt look-up", "draft model"))
+@pytest.mark.parametrize(("mode", "name", "tier"), cases(*ASSISTED))
 def test_assisted_generation_over_blocks_gives_the_same_tokens(
     mode: str, name: str, tier: TierName, pool_of: Callable[..., CachePool]
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from generation_support import SETTINGS, assert_same_tokens, compare, generate, prompts, small_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
 
 from pagedkv import CachePool, PagedCache
 from pagedkv.errors import (
@@ -23,6 +23,7 @@ from pagedkv.errors import (
     StepError,
     UnsupportedModelError,
 )
+from pagedkv.testing.models import randomised
 
 
 @pytest.fixture(scope="module")
@@ -312,19 +313,65 @@ def test_static_generate_is_refused_and_leaves_nothing_behind(pool: CachePool) -
         assert pool.num_blocks_in_use == 0
 
 
-def test_models_without_a_plain_cache_are_refused_by_name() -> None:
-    jamba = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "jamba", vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1, use_mamba_kernels=False,
-        )
-    ).eval()  # fmt: skip
+def test_models_that_keep_no_plain_cache_are_refused_by_name() -> None:
     t5 = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("t5", vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     ).eval()  # fmt: skip
-    for wrong, message in ((jamba, "Jamba.*LinearAttention"), (t5, "encoder-decoder"), (torch.nn.Linear(2, 2), "not a transformers")):
+    mamba = randomised(AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8))
+    for wrong, message in ((mamba, "Mamba.*past_key_values"), (t5, "encoder-decoder"), (torch.nn.Linear(2, 2), "not a transformers")):
         with pytest.raises(UnsupportedModelError, match=message):
             PagedCache(wrong)
+
+
+# States beside K and V.
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Iterator[CachePool]:
+    with CachePool(small_model("qwen3_next"), num_blocks=60, block_size=4) as pool:
+        yield pool
+
+
+def test_copies_of_a_cache_with_states_go_on_by_themselves(hybrid: CachePool) -> None:
+    prompt, _ = prompts(1, 9, seed=40)
+    with PagedCache(hybrid) as prefilled, torch.no_grad():
+        hybrid.model(prompt, past_key_values=prefilled, use_cache=True)
+        for seed in (41, 42):
+            whole = torch.cat([prompt, prompts(1, 1, seed=seed)[0]], dim=1)
+            with copy.copy(prefilled) as each:
+                assert_same_tokens(generate(hybrid.model, whole, each), generate(hybrid.model, whole, None), "copy with states")
+        prefilled.batch_repeat_interleave(2)
+        whole = torch.cat([prompt.repeat(2, 1), torch.tensor([[4], [9]])], dim=1)
+        assert_same_tokens(generate(hybrid.model, whole, prefilled), generate(hybrid.model, whole, None), "repeated with states")
+    assert hybrid.num_blocks_in_use == 0
+
+
+def test_recurrent_state_cannot_be_cropped_and_a_failed_forward_empties_the_cache(hybrid: CachePool) -> None:
+    prompt, _ = prompts(1, 9, seed=43)
+
+    def stop(*_: object) -> None:
+        raise _StopError
+
+    with PagedCache(hybrid) as cache, torch.no_grad():
+        hybrid.model(prompt, past_key_values=cache, use_cache=True)
+        with pytest.raises(InvalidRequestError, match="recurrent"):
+            cache.crop(-1)
+        assert cache.get_seq_length() == 9
+        hook = hybrid.model.get_output_embeddings().register_forward_hook(stop)
+        with pytest.raises(_StopError):
+            hybrid.model(prompt[:, :1], past_key_values=cache, use_cache=True)
+        hook.remove()
+        assert cache.batch_size == -1
+        assert not cache.has_previous_state()
+        assert_same_tokens(generate(hybrid.model, prompt, cache), generate(hybrid.model, prompt, None), "after the failure")
+
+
+def test_cache_without_states_says_so_to_a_model_that_asks(pool: CachePool) -> None:
+    with PagedCache(pool) as cache, pytest.raises(UnsupportedModelError, match="none when it was tried"):
+        cache.has_previous_state(0)
+
+
+# Mistakes in settings.
 
 
 @pytest.mark.parametrize(
