@@ -62,9 +62,15 @@ COMMON = settings(
 class ManagerMachine(RuleBasedStateMachine):
     """Opens, extends, forks and releases sequences of two tokens over a handful of blocks."""
 
-    @initialize(num_blocks=st.lists(st.integers(2, 8), min_size=1, max_size=2), block_size=st.integers(1, 3), num_seqs=st.integers(1, 4))
-    def start(self, num_blocks: list[int], block_size: int, num_seqs: int) -> None:
-        self.driver = ManagerDriver(ManagerConfig(tuple(num_blocks), block_size, num_seqs))
+    @initialize(
+        num_blocks=st.lists(st.integers(2, 8), min_size=1, max_size=2),
+        block_size=st.integers(1, 3),
+        num_seqs=st.integers(1, 4),
+        window=st.integers(-7, 9),
+    )
+    def start(self, num_blocks: list[int], block_size: int, num_seqs: int, window: int) -> None:
+        """With two groups, the second may have a sliding window, or chunks where the number is below 0."""
+        self.driver = ManagerDriver(ManagerConfig(tuple(num_blocks), block_size, num_seqs, windows=(0, window)[: len(num_blocks)]))
 
     @rule(operation=BETWEEN)
     def operate(self, operation: Operation) -> None:
