@@ -124,6 +124,7 @@ class PagedStep:
         pool = self._new_layer(layer_idx, rows.shape[0], rows)
         self.attended.add(layer_idx)
         options = self.options.plain(mask, scale)
+        self._check_kept(pool, layer_idx, options)
         return self.backend.attend_joined(rows, cosines, sines, pool, self.attention, options, num_heads=num_heads)
 
     def attend(self, call: AttentionCall) -> Tensor:
