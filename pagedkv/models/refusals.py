@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel, unwrapped
@@ -55,18 +55,30 @@ def check_config(config: PreTrainedConfig, *, name: str) -> None:
 
 def refusal(model: PreTrainedModel, reasons: Mapping[str, str]) -> UnsupportedModelError:
     """The error for a model that cannot be run in any of some ways, with the reason against each, or against all."""
-    if len(set(reasons.values())) == 1:
+    causes = []
+    if kept := _kept_on_modules(model):
+        causes.append(f" It keeps state on its modules, which belongs to no sequence: {', '.join(kept)}.")
+    if own := _own_cache_layers(model):
+        causes.append(f" Its layers keep more than K/V, in cache layers of their own: {', '.join(own)}.")
+    if len(set(reasons.values())) == 1 and not causes:
         return UnsupportedModelError(next(iter(reasons.values())))
     each = "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
-    kept = _kept_on_modules(model)
-    cause = f" It keeps state on its modules, which belongs to no sequence: {', '.join(kept)}." if kept else ""
-    return UnsupportedModelError(f"{type(model).__name__} cannot be run exactly in any way.{cause} {each}")
+    return UnsupportedModelError(f"{type(model).__name__} cannot be run exactly in any way.{''.join(causes)} {each}")
 
 
 def _kept_on_modules(model: PreTrainedModel) -> list[str]:
     """Names of the first tensors that modules hold beside parameters and buffers, as calls have left them."""
     found = [f"{name}.{key}" for name, module in model.named_modules() for key, value in vars(module).items() if isinstance(value, Tensor)]
     return found[:2]
+
+
+def _own_cache_layers(model: PreTrainedModel) -> list[str]:
+    """Classes of the layers of the cache that ``generate`` would make, as far as the model's own code brings them."""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # whatever it lacks in a config, then generate does not make one either
+        return []
+    return sorted({type(layer).__name__ for layer in layers if type(layer).__module__ != DynamicCache.__module__})
 
 
 def _head(model: PreTrainedModel) -> object | None:

@@ -110,6 +110,11 @@ def test_parity_refuses_to_judge_by_tokens_that_nearly_tie() -> None:
         References(model, num_token_ids=NUM_TOKEN_IDS)
 
 
+def test_refusal_names_cache_layers_that_a_model_brings_itself() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Its layers keep more than K/V, in cache layers of their own: DeepseekV4\w+"):
+        parity_runner(shrunk_model("deepseek_v4"))
+
+
 def test_registry_names_many_architectures_once_and_in_order() -> None:
     for names in (decoder_architectures(), encoder_decoder_architectures()):
         assert list(names) == sorted(set(names))
