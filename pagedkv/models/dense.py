@@ -213,8 +213,7 @@ class DenseStep:
         if not self._rows.past_len:
             return None  # nothing was stored before, and nothing pads: the new tokens are all there is
         slots = self._all_slots(pool)
-        keys, values = pool.gather_slots(slots.blocks, slots.offsets)
-        return keys.contiguous(), values.contiguous()  # as transformers' own cache gives them: some models take views
+        return pool.gather_slots(slots.blocks, slots.offsets)  # contiguous as from transformers' own cache: some models take views
 
     def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
         """Refuses: the model's own attention has the model's own mask."""

@@ -151,11 +151,13 @@ class LayerPool:
             offsets: ``[..., n]`` int64 places inside the block, in ``[0, B)``.
 
         Returns:
-            K ``[..., Hkv, n, Dk]`` and V ``[..., Hkv, n, Dv]``, fresh tensors.
+            K ``[..., Hkv, n, Dk]`` and V ``[..., Hkv, n, Dv]``, fresh contiguous tensors.
 
         Not checked here, because it would wait for the device: the range of both.
         """
-        return self._key_slots[blocks, offsets].transpose(-3, -2), self._value_slots[blocks, offsets].transpose(-3, -2)
+        heads = torch.arange(self.spec.num_kv_heads, device=self.device)[:, None]
+        places = (blocks[..., None, :], heads, offsets[..., None, :])
+        return self.key[places], self.value[places]
 
     def fill(self, block_ids: Tensor, value: float) -> None:
         """Set every element of some blocks, K and V, to one value."""
