@@ -142,6 +142,7 @@ def _self_check(report: SelfCheck) -> Finding:
         f"passed: largest logit difference {report.max_relative_error:.1e} of the largest logit, {report.bound:.0e} allowed",
         (
             f"judged by {report.judged_by}: {_JUDGEMENTS[report.judged_by]}; {report.argmax_agreement:.0%} of next tokens agree",
+            *_copy(report),
             f"sequences of {', '.join(map(str, report.sequence_lens))} tokens in {report.num_steps} steps",
             *(f"{mask.kind} mask of {mask.size} was crossed" for mask in report.windows),
             *(
@@ -150,6 +151,14 @@ def _self_check(report: SelfCheck) -> Finding:
             ),
         ),
     )
+
+
+def _copy(report: SelfCheck) -> tuple[str, ...]:
+    """What was judged by numbers of a model in half precision."""
+    if report.copy is not None:
+        layers, error, bound = report.copy.num_layers, report.copy.max_relative_error, report.copy.bound
+        return (f"judged by numbers on a float32 copy of {layers} layers: {error:.1e} of the largest logit, {bound:.0e} allowed",)
+    return () if report.why_no_copy is None else (f"no judgement by numbers on a float32 copy: {report.why_no_copy}",)
 
 
 def _layers(runner: ModelRunner) -> Finding:

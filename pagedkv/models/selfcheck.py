@@ -30,7 +30,23 @@ _MAX_CHECKED_BLOCK = 32
 _NUM_SINGLE = 12
 # Largest logit difference, relative to the largest logit. In half precision one token may fall on the other side of a
 # tie (an expert, a rounding), so there a tenth of the positions may exceed the bound, but ranks must agree.
+EXACT_DTYPES = (torch.float32, torch.float64)
 _BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class CopyCheck:
+    """What the same check saw on a copy in float32 of the first layers, judged by numbers.
+
+    Attributes:
+        num_layers: decoder layers of the copy.
+        max_relative_error: as that of ``SelfCheck``.
+        bound: what it was held against.
+    """
+
+    num_layers: int
+    max_relative_error: float
+    bound: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,9 @@ class SelfCheck:
         bound: what ``max_relative_error`` was held against.
         judged_by: ``"numbers"``: no logit differs by more than the bound; ``"ranks"``, in half precision, where a rounding may tip a
             tie: nine positions of ten are within it, and three of four name the same next token.
+        copy: of a model in half precision, the judgement by numbers that such ranks cannot replace; None where it was not needed, or
+            could not be had.
+        why_no_copy: why it could not be had; None where it was, or was not needed.
         windows: sliding and chunked masks that the sequences crossed.
         windows_not_crossed: masks too large to cross in a short check; these rest on the classification of the mask.
     """
@@ -59,6 +78,8 @@ class SelfCheck:
     judged_by: Literal["numbers", "ranks"]
     windows: tuple[Mask, ...]
     windows_not_crossed: tuple[Mask, ...]
+    copy: CopyCheck | None = None
+    why_no_copy: str | None = None
 
 
 class CheckedTier(Protocol):
@@ -223,7 +244,7 @@ def _judge(tier: CheckedTier, paged: list[Tensor], reference: list[Tensor], *, n
     agreement = float((ours.argmax(dim=1) == own.argmax(dim=1)).float().mean())
     worst = float("nan") if ours.isnan().any() else float(difference.max())
     bound = _BOUNDS.get(dtype, _BOUNDS[torch.bfloat16])
-    by_numbers = dtype in (torch.float32, torch.float64)
+    by_numbers = dtype in EXACT_DTYPES
     mostly = float((difference <= bound).float().mean()) >= 0.9 and agreement >= 0.75
     if not (worst <= bound if by_numbers else mostly):
         raise UnsupportedModelError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, Protocol
 
@@ -20,12 +20,13 @@ from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.models.call import ModelCall
 from pagedkv.models.dense import DenseTier
+from pagedkv.models.float32_copy import Float32Copy
 from pagedkv.models.packed import PackedTier
 from pagedkv.models.probe import ModelShape
 from pagedkv.models.recurrence import RecurrentState, reads_state_in_chunks
 from pagedkv.models.refusals import refusal
 from pagedkv.models.replacements import Replacements, Wanted
-from pagedkv.models.selfcheck import SelfCheck, self_check
+from pagedkv.models.selfcheck import EXACT_DTYPES, CopyCheck, SelfCheck, self_check
 from pagedkv.storage import KVStorage, StepBatch
 
 TierName = Literal["auto", "packed", "dense", "dense-equal"]
@@ -126,16 +127,20 @@ def choose_tier(
         Exception: whatever the model raised, where only one way was to be tried.
         ConfigError: an unknown tier, or settings that cannot be had.
 
-    Cost: for each way that is tried, a probe and a self-check.
+    Cost: for each way that is tried, a probe and a self-check; in half precision another one on a copy of a few layers in float32.
     """
     call = ModelCall(model)
     names = _names(wanted, backend)
     rejected: dict[str, str] = {}
+    copy: Float32Copy | None = None
     for name in names:
         replacements = Replacements(model, pack_linears=pack_linears, fuse=fuse)
         try:
             tier = _made(name, call, replacements, backend=backend, block_size=block_size)
             check = _proven(tier, call, replacements, block_size=block_size, max_positions=max_positions)
+            if tier.shape.dtype not in EXACT_DTYPES:
+                copy = copy or Float32Copy(model)
+                check = _exactly(check, tier, copy, backend=backend, block_size=block_size, max_positions=max_positions)
         except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
             if len(names) == 1 or _is_setting(error):
                 raise
@@ -183,6 +188,23 @@ def _checked(tier: Tier, call: ModelCall, *, block_size: int, max_positions: int
             return self_check(tier, call, block_size=block_size, max_positions=max_positions)
     tier.recurrent_state = "whole"
     return self_check(tier, call, block_size=block_size, max_positions=max_positions)
+
+
+def _exactly(
+    check: SelfCheck, tier: Tier, copy: Float32Copy, *, backend: str | AttentionBackend, block_size: int, max_positions: int | None
+) -> SelfCheck:
+    """The self-check of a tier in half precision, together with that of the same tier over a copy in float32."""
+    if copy.model is None:
+        return replace(check, why_no_copy=copy.reason)
+    call, replacements = ModelCall(copy.model), Replacements(copy.model, pack_linears=False, fuse=False)
+    try:
+        twin = _made(tier.name, call, replacements, backend=backend, block_size=block_size)
+    except Exception as error:  # the model was, so that this says something about the copy alone
+        return replace(check, why_no_copy=_reason(error))
+    seen = _checked(twin, call, block_size=block_size, max_positions=max_positions)
+    if twin.recurrent_state == "whole":
+        tier.recurrent_state = "whole"  # always right where chunks are; the copy sees what roundings hide
+    return replace(check, copy=CopyCheck(copy.num_layers, seen.max_relative_error, seen.bound))
 
 
 def _layer_kinds(tier: Tier) -> tuple[str, ...]:
