@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pagedkv.engine import Engine, EngineConfig, EngineStatistics
     from pagedkv.errors import PagedKVError
-    from pagedkv.generation import CachePool, PagedCache
+    from pagedkv.generation import CachePool, PagedCache, PagedEncoderDecoderCache
     from pagedkv.llm import LLM
     from pagedkv.models import MemoryPlan, ModelRunner, plan_memory
     from pagedkv.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
@@ -31,6 +31,7 @@ _HOMES = {
     "MemoryPlan": "models",
     "ModelRunner": "models",
     "PagedCache": "generation",
+    "PagedEncoderDecoderCache": "generation",
     "PagedKVError": "errors",
     "PoolingParams": "pooling",
     "RequestOutput": "outputs",
@@ -50,6 +51,7 @@ __all__ = [
     "MemoryPlan",
     "ModelRunner",
     "PagedCache",
+    "PagedEncoderDecoderCache",
     "PagedKVError",
     "PoolingParams",
     "RequestOutput",

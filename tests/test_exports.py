@@ -20,6 +20,7 @@ EXPORTS = {
         "MemoryPlan",
         "ModelRunner",
         "PagedCache",
+        "PagedEncoderDecoderCache",
         "PagedKVError",
         "PoolingParams",
         "RequestOutput",
@@ -85,7 +86,7 @@ EXPORTS = {
         "split_options",
         "why_not_packable",
     },
-    "pagedkv.generation": {"CachePool", "PagedCache"},
+    "pagedkv.generation": {"CachePool", "PagedCache", "PagedEncoderDecoderCache"},
     "pagedkv.sampling": {
         "IncrementalDetokenizer",
         "Logprob",

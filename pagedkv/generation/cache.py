@@ -52,6 +52,13 @@ class PagedCache(Cache):
         if isinstance(source, CachePool) and options:
             raise ConfigError(f"{', '.join(options)}: an option of the pool, which is there already")
         pool = source if isinstance(source, CachePool) else CachePool(source, **options)
+        if pool.num_cross_layers:
+            if pool is not source:
+                pool.close()
+            raise UnsupportedModelError(
+                f"{type(pool.model).__name__} is an encoder-decoder model, which a cache of self-attention alone makes silently wrong: "
+                "use PagedEncoderDecoderCache"
+            )
         self._lay_out(pool, pool.open(namespace, closes_with_caches=pool is not source))
 
     @staticmethod
@@ -87,12 +94,17 @@ class PagedCache(Cache):
         self.close()
 
     def __copy__(self) -> PagedCache:
-        return self.__deepcopy__({})
+        return PagedCache.over(self._pool, self._pool.fork(self._rows))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
-        copy = PagedCache.__new__(PagedCache)
-        copy._lay_out(self._pool, self._pool.fork(self._rows))
-        return copy
+        return self.__copy__()
+
+    @classmethod
+    def over(cls, pool: CachePool, rows: Rows) -> PagedCache:
+        """A cache of rows that a pool has opened for it."""
+        cache = cls.__new__(cls)
+        cache._lay_out(pool, rows)
+        return cache
 
     def __repr__(self) -> str:
         return f"PagedCache({self._rows!r})"

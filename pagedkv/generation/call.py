@@ -23,6 +23,8 @@ from pagedkv.plan import BoolArray, Int64Array
 _PLAIN = frozenset(
     ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict", "cache_position")
 )
+# In an encoder-decoder model the names of the encoder's own arguments, and "decoder_" before those above.
+_ENCODER = frozenset(("input_ids", "attention_mask", "encoder_outputs", "decoder_input_ids", "decoder_attention_mask"))
 # Those that leave K and V alone, but want what only the model's own attention has.
 _OUTPUTS = frozenset(("output_attentions", "output_hidden_states", "labels"))
 
@@ -98,7 +100,9 @@ class ForwardReader:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._signature = inspect.signature(model.forward)
-        self.takes_positions = "position_ids" in self._signature.parameters
+        self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        self._plain = _PLAIN | _OUTPUTS | _ENCODER if self._prefix else _PLAIN | _OUTPUTS
+        self.takes_positions = f"{self._prefix}position_ids" in self._signature.parameters
         self.takes_logits_to_keep = "logits_to_keep" in self._signature.parameters
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,16 +123,17 @@ class ForwardReader:
         """
         if arguments.get("use_cache") is False:
             raise InvalidRequestError("use_cache is False, of the call or of the model: pass use_cache=True with a PagedCache")
-        tokens, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        tokens, embeddings = arguments.get(f"{self._prefix}input_ids"), arguments.get(f"{self._prefix}inputs_embeds")
         source = tokens if embeddings is None else embeddings
         if not isinstance(source, Tensor) or source.ndim < 2 or not source.shape[0] or not source.shape[1]:
-            raise InvalidRequestError(f"a forward over a PagedCache needs input_ids of shape [rows, columns], got {shown(source)}")
+            name = f"{self._prefix}input_ids"
+            raise InvalidRequestError(f"a forward over a PagedCache needs {name} of shape [rows, columns], got {shown(source)}")
         num_rows, num_new = int(source.shape[0]), int(source.shape[1])
         given = {name for name, value in arguments.items() if value is not None and value is not False}
-        mask = arguments.get("attention_mask")
+        mask = arguments.get(f"{self._prefix}attention_mask")
         plain_mask = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        only_tokens = embeddings is None and plain_mask and given <= _PLAIN | _OUTPUTS
-        positions = arguments.get("position_ids")
+        only_tokens = embeddings is None and plain_mask and given <= self._plain
+        positions = arguments.get(f"{self._prefix}position_ids")
         return ForwardCall(
             arguments=arguments,
             num_rows=num_rows,

@@ -20,6 +20,58 @@ from pagedkv.plan import Int64Array
 from pagedkv.storage import LayerPool
 
 
+class ColumnReader:
+    """Gathers all columns of a batch's rows out of a layer's pool.
+
+    Args:
+        growth: the rows' sequences and stored columns.
+        manager: whose tables are read; they must not change as long as this is used.
+        device: of the pools.
+    """
+
+    def __init__(self, growth: Growth, manager: KVCacheManager, device: torch.device) -> None:
+        self._owner = growth.owner
+        self._length = growth.num_columns
+        self._size = manager.block_size
+        self._tables = self._block_tables(growth, manager)
+        self._places = self._column_places(growth, device)
+        self._rows: dict[tuple[int, int], Tensor] = {}
+
+    def read(self, pool: LayerPool) -> tuple[Tensor, Tensor]:
+        """K ``[R, Hkv, C, Dk]`` and V ``[R, Hkv, C, Dv]``, zeros for padding. Cost: one copy of both."""
+        if self._places is not None:
+            return pool.gather_slots(*self._places)
+        spec = pool.spec
+        kind = (spec.num_kv_heads, pool.rows_per_block)
+        rows = self._rows.get(kind)
+        if rows is None:
+            heads = np.arange(spec.num_kv_heads)[:, None]
+            numbers = self._tables[self._owner][:, None, :] * pool.rows_per_block + heads
+            rows = self._rows[kind] = torch.from_numpy(numbers.reshape(-1)).to(pool.device)
+        key = pool.key_rows.index_select(0, rows).view(len(self._owner), spec.num_kv_heads, -1, spec.key_dim)
+        value = pool.value_rows.index_select(0, rows).view(len(self._owner), spec.num_kv_heads, -1, spec.value_dim)
+        return key[:, :, : self._length], value[:, :, : self._length]
+
+    def _block_tables(self, growth: Growth, manager: KVCacheManager) -> Int64Array:
+        """``[U, M]`` block ids of each sequence; the null block where there is none."""
+        opened = growth.seqs.nonzero()[0]
+        columns = max(1, -(-int(growth.lengths.max()) // self._size))
+        tables = np.zeros((len(growth.seqs), columns), dtype=np.int64)
+        if len(opened):
+            tables[opened] = manager.table.block_tables[0, manager.rows_of(growth.seqs[opened]), :columns]
+        return tables
+
+    def _column_places(self, growth: Growth, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Block and offset ``[R, C]`` of every column, the null block for padding; None when each row is whole blocks in order."""
+        stored = growth.stored
+        if stored.all():
+            return None
+        position = np.maximum(np.cumsum(stored, axis=1) - 1, 0)
+        blocks = np.where(stored, np.take_along_axis(self._tables, position // self._size, axis=1), 0)
+        offsets = np.where(stored, position % self._size, 0)
+        return torch.from_numpy(blocks[self._owner]).to(device), torch.from_numpy(offsets[self._owner]).to(device)
+
+
 class DenseForward:
     """Writes what layers store, and gathers what they read.
 
@@ -28,25 +80,25 @@ class DenseForward:
         manager: whose tables are read; they must not change meanwhile.
         pools: one for each layer that stores K and V.
         index: from transformers' layer index to the place in ``pools``.
-        num_past_columns: columns before this forward.
+        has_past: whether there are columns from before.
+
+    Attributes:
+        arguments: of the model in place of the caller's: None, it gets those.
     """
 
     def __init__(
-        self, growth: Growth, manager: KVCacheManager, pools: Sequence[LayerPool], index: Mapping[int, int], *, num_past_columns: int
+        self, growth: Growth, manager: KVCacheManager, pools: Sequence[LayerPool], index: Mapping[int, int], *, has_past: bool
     ) -> None:
-        self._growth = growth
         self._pools = pools
         self._index = index
-        self._num_past = num_past_columns
-        self._size = manager.block_size
         device = pools[0].device
-        self._blocks, self._offsets = self._slots(manager, device)
-        self._rows, self._columns = (torch.from_numpy(each).to(device) for each in (growth.token_rows, growth.token_columns))
-        self._tables = self._block_tables(manager)
-        self._gathered = self._places(device) if num_past_columns else None
-        self._block_rows: dict[tuple[int, int], Tensor] = {}
+        slots = np.zeros(0, dtype=np.int64) if growth.extension is None else growth.extension.slot_mapping[0]
+        self._blocks, self._offsets, self._rows, self._columns = (
+            torch.from_numpy(each).to(device) for each in (*np.divmod(slots, manager.block_size), growth.token_rows, growth.token_columns)
+        )
+        self._reader = ColumnReader(growth, manager, device) if has_past else None
         self._written: set[int] = set()
-        self.arguments: dict[str, Any] | None = None  # the model gets the caller's
+        self.arguments: dict[str, Any] | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Store the new K and V of a layer and return all of its columns.
@@ -73,11 +125,7 @@ class DenseForward:
         if len(self._rows):
             new_key, new_value = key[self._rows, :, self._columns], value[self._rows, :, self._columns]
             pool.write(new_key, new_value, blocks=self._blocks, offsets=self._offsets)
-        if not self._num_past:
-            return key, value
-        if self._gathered is None:
-            return self._whole_blocks(pool)
-        return pool.gather_slots(*self._gathered)
+        return (key, value) if self._reader is None else self._reader.read(pool)
 
     def finish(self, output: Any) -> Any:
         """The model's output as it is.
@@ -92,43 +140,3 @@ class DenseForward:
 
     def abandon(self) -> None:
         """Nothing was changed outside."""
-
-    def _slots(self, manager: KVCacheManager, device: torch.device) -> tuple[Tensor, Tensor]:
-        extension = self._growth.extension
-        slots = np.zeros(0, dtype=np.int64) if extension is None else extension.slot_mapping[0]
-        blocks, offsets = np.divmod(slots, self._size)
-        return torch.from_numpy(blocks).to(device), torch.from_numpy(offsets).to(device)
-
-    def _block_tables(self, manager: KVCacheManager) -> Int64Array:
-        """``[U, M]`` block ids of each sequence; the null block where there is none."""
-        growth = self._growth
-        opened = growth.seqs.nonzero()[0]
-        columns = max(1, -(-int(growth.lengths.max()) // self._size))
-        tables = np.zeros((len(growth.seqs), columns), dtype=np.int64)
-        if len(opened):
-            tables[opened] = manager.table.block_tables[0, manager.rows_of(growth.seqs[opened]), :columns]
-        return tables
-
-    def _places(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Block and offset ``[R, C + Q]`` of every column, the null block for padding; None when each row is whole blocks in order."""
-        stored = self._growth.stored
-        if stored.all():
-            return None
-        position = np.maximum(np.cumsum(stored, axis=1) - 1, 0)
-        blocks = np.where(stored, np.take_along_axis(self._tables, position // self._size, axis=1), 0)
-        offsets = np.where(stored, position % self._size, 0)
-        owner = self._growth.owner
-        return torch.from_numpy(blocks[owner]).to(device), torch.from_numpy(offsets[owner]).to(device)
-
-    def _whole_blocks(self, pool: LayerPool) -> tuple[Tensor, Tensor]:
-        spec, owner = pool.spec, self._growth.owner
-        kind = (spec.num_kv_heads, pool.rows_per_block)
-        rows = self._block_rows.get(kind)
-        if rows is None:
-            heads = np.arange(spec.num_kv_heads)[:, None]
-            numbers = self._tables[owner][:, None, :] * pool.rows_per_block + heads
-            rows = self._block_rows[kind] = torch.from_numpy(numbers.reshape(-1)).to(pool.device)
-        length = self._growth.num_columns
-        key = pool.key_rows.index_select(0, rows).view(len(owner), spec.num_kv_heads, -1, spec.key_dim)
-        value = pool.value_rows.index_select(0, rows).view(len(owner), spec.num_kv_heads, -1, spec.value_dim)
-        return key[:, :, :length], value[:, :, :length]

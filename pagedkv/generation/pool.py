@@ -24,9 +24,10 @@ from pagedkv.checks import integer, shown
 from pagedkv.core import CheckLevel, KVCacheManager
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, StepError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.generation.call import ForwardReader
+from pagedkv.generation.cross import CrossAttention, CrossPool
 from pagedkv.generation.dense import DenseForward
 from pagedkv.generation.packed import PackedForward, PackedReading
-from pagedkv.generation.rows import Growth, NewColumns, Rows
+from pagedkv.generation.rows import Beside, Growth, NewColumns, Rows
 from pagedkv.generation.states import LayerStates
 from pagedkv.models import ModelRunner
 from pagedkv.models.memory import free_memory
@@ -102,10 +103,12 @@ class CachePool:
             raise ConfigError(f"tier is {shown(tier)}: it must be one of {', '.join(get_args(TierName))}")
         integer("block_size", block_size, least=1, most=2**31 - 1)
         reference = run_reference(model)
-        nbytes_per_block = block_size * sum(layer.nbytes_per_token(reference.dtype) for layer in reference.layers)
+        layers = (*reference.layers, *reference.cross_layers.values())
+        nbytes_per_block = block_size * sum(layer.nbytes_per_token(reference.dtype) for layer in layers)
         size = _num_blocks(num_blocks, kv_cache_memory_bytes, block_size=block_size, nbytes_per_block=nbytes_per_block, device=model.device)
         self._model = model
         self._layers, self._dtype, self._keeps_states = reference.layers, reference.dtype, reference.keeps_states
+        self._cross_layers = reference.cross_layers
         self._index = {layer: place for place, layer in enumerate(reference.layer_ids)}
         self._reader = ForwardReader(model)
         self._packed: PackedReading | None = None
@@ -135,8 +138,15 @@ class CachePool:
             raise
 
     def _lay_out(self, num_blocks: int, *, block_size: int, max_num_seqs: int, check: CheckLevel) -> None:
-        self._manager = KVCacheManager(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, check=check)
-        self._storage = KVStorage(self._layers, num_blocks=num_blocks, block_size=block_size, dtype=self._dtype, device=self._model.device)
+        # The tokens of a decoder do not say what its K and V are where there is an encoder.
+        sizes: Any = {"num_blocks": num_blocks, "block_size": block_size}
+        self._manager = KVCacheManager(**sizes, max_num_seqs=max_num_seqs, enable_prefix_caching=not self._cross_layers, check=check)
+        stored: Any = {**sizes, "dtype": self._dtype, "device": self._model.device}
+        self._storage = KVStorage(self._layers, **stored)
+        self._cross: CrossPool | None = None
+        if self._cross_layers:
+            layers = self._cross_layers
+            self._cross = CrossPool(tuple(layers.values()), list(layers), **stored, max_num_seqs=max_num_seqs, check=check)
         self._peak = 0
 
     def _prove(self, reference: Reference, *, tier: TierName, block_size: int, pack_linears: Wanted, fuse: Wanted) -> None:
@@ -147,6 +157,8 @@ class CachePool:
         if tier == "dense":
             return
         try:
+            if reference.cross_layers:
+                raise UnsupportedModelError("packed forwards of generate() are for decoders alone")
             if reference.keeps_states:
                 raise UnsupportedModelError("layers keep states beside K and V, which packed forwards of generate() do not follow")
             runner = ModelRunner(self._model, block_size=block_size, tier="packed", pack_linears=pack_linears, fuse=fuse)
@@ -186,13 +198,18 @@ class CachePool:
         return len(self._index)
 
     @property
+    def num_cross_layers(self) -> int:
+        """Layers of cross attention that store K and V; 0 for a decoder alone."""
+        return len(self._cross_layers)
+
+    @property
     def block_size(self) -> int:
         """Tokens in a block."""
         return self._manager.block_size
 
     @property
     def nbytes_per_block(self) -> int:
-        """Bytes of one block, K and V of all layers."""
+        """Bytes of one block, K and V of all layers of self attention."""
         return self._storage.nbytes // self._storage.num_blocks[0]
 
     @property
@@ -207,6 +224,12 @@ class CachePool:
             return self._manager.num_usable_blocks - self._manager.num_available_blocks
 
     @property
+    def num_cross_blocks_in_use(self) -> int:
+        """Blocks of cross attention that caches hold now, from a pool of as many of their own; 0 for a decoder alone."""
+        with self._exclusive():
+            return 0 if self._cross is None else self._cross.num_blocks_in_use
+
+    @property
     def peak_blocks_in_use(self) -> int:
         """The most blocks that were held at once, since ``reset_peak``."""
         return self._peak
@@ -215,15 +238,23 @@ class CachePool:
         """Verify the bookkeeping; raises ``InvariantError`` naming what is broken."""
         with self._exclusive():
             self._manager.check()
+            if self._cross is not None:
+                self._cross.manager.check()
 
     # Commands of users.
 
     def fill_free_blocks(self, value: float = 0.0) -> int:
         """Overwrite all blocks that hold nothing: zeros erase what is left in them, NaN proves that nobody reads it; returns how many."""
         with self._exclusive():
-            (free,) = self._manager.free_block_ids()
-            self._storage.fill(free, value)
-            return len(free)
+            books = [(self._manager, self._storage)]
+            if self._cross is not None:
+                books.append((self._cross.manager, self._cross.storage))
+            count = 0
+            for manager, storage in books:
+                (free,) = manager.free_block_ids()
+                storage.fill(free, value)
+                count += len(free)
+            return count
 
     def reset_peak(self) -> None:
         """Begin to look for the most blocks anew."""
@@ -243,6 +274,8 @@ class CachePool:
             self._closed = True
             self._seats.clear()
             self._storage.close()
+            if self._cross is not None:
+                self._cross.storage.close()
             self._unhook()
             if self._packed is not None:
                 self._packed.close()
@@ -263,7 +296,9 @@ class CachePool:
             self._num_named += 1
             private = namespace is None
             name = f"\0cache {self._num_named}" if namespace is None else namespace
-            beside = LayerStates(self._model) if self._keeps_states else None
+            beside: Beside | None = LayerStates(self._model) if self._keeps_states else None
+            if self._cross is not None:
+                beside = CrossAttention(self._cross)
             return self._seat(Rows(self._manager, name, private=private, beside=beside))
 
     def fork(self, rows: Rows) -> Rows:
@@ -328,6 +363,8 @@ class CachePool:
             self._reap()
             running = self._running = self._begin(rows, arguments)
         except BaseException:
+            if not rows.num_columns:
+                rows.release()  # a first forward that did not begin leaves no rows
             self._lock.release()
             raise
         return None if running.forward.arguments is None else ((), running.forward.arguments)
@@ -340,6 +377,8 @@ class CachePool:
             return self._end_stale()  # an exception ended the forward
         try:
             output = running.forward.finish(output)
+            if isinstance(running.rows.beside, CrossAttention):
+                running.rows.beside.commit()
             running.rows.commit(running.growth)
         except BaseException:
             running.rows.cancel(running.growth)
@@ -355,6 +394,8 @@ class CachePool:
             raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
         past = rows.num_columns
         call = self._reader.read(arguments, past)
+        if isinstance(rows.beside, CrossAttention) and rows.beside.is_empty:
+            rows.start(rows.beside.begin(arguments, call.num_rows))
         holes = rows.see(call.num_rows, call.old_seen)
         if not call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions):
             call.token_ids = None
@@ -370,7 +411,7 @@ class CachePool:
             if packed is not None:
                 forward = packed.begin(call, growth, self._manager, self._storage)
             else:
-                forward = DenseForward(growth, self._manager, self._storage.layers, self._index, num_past_columns=past)
+                forward = DenseForward(growth, self._manager, self._storage.layers, self._index, has_past=past > 0)
         except BaseException:
             rows.cancel(growth)
             raise

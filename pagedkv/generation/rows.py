@@ -134,6 +134,19 @@ class Rows:
         """``[R]`` int64 tokens stored for each row, of a batch that is or will be ``num_rows`` high."""
         return self._lengths[self._owner] if self.num_rows else np.zeros(num_rows, dtype=np.int64)
 
+    def snapshot(self) -> Growth:
+        """The rows as they are, as a growth of nothing."""
+        leaders = np.zeros(len(self._seqs), dtype=np.int64)
+        return Growth(owner=self._owner, seqs=self._seqs, leaders=leaders, stored=self._stored, lengths=self._lengths)
+
+    def start(self, owner: Int64Array) -> None:
+        """Make rows without a token of a batch that has none, where only those of one number ``owner [R]`` may become the same."""
+        count = int(owner.max()) + 1
+        self._owner = owner
+        self._seqs = np.zeros(count, dtype=np.int64)
+        self._stored = np.zeros((count, 0), dtype=np.bool_)
+        self._lengths = np.zeros(count, dtype=np.int64)
+
     def has_gaps(self, seen: BoolArray) -> bool:
         """Whether a row has padding between its tokens once the new columns ``[R, Q]`` are there."""
         if seen.all() and self._stored.all():

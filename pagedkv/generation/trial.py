@@ -6,15 +6,17 @@ Owns the tokens of the trial and its bound. The reference is transformers' own d
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.generation.cache import PagedCache
+from pagedkv.generation.encoder_decoder import PagedEncoderDecoderCache
 from pagedkv.generation.states import keeps_states
 from pagedkv.models.call import ModelCall, logits_of
 from pagedkv.models.limits import num_token_ids
@@ -37,6 +39,7 @@ class Reference:
     Attributes:
         layer_ids: transformers' indices of the layers that store K and V, ascending.
         layers: the geometry of each.
+        cross_layers: the geometry of layers of cross attention by transformers' index; empty for a decoder alone.
         dtype: of K and V.
         keeps_states: whether layers keep more than K and V.
         logits: the last logits of each row after each forward, ``[R, V]`` float32.
@@ -44,6 +47,7 @@ class Reference:
 
     layer_ids: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
+    cross_layers: Mapping[int, LayerSpec]
     dtype: torch.dtype
     keeps_states: bool
     logits: tuple[Tensor, ...]
@@ -57,35 +61,46 @@ def run_reference(model: PreTrainedModel) -> Reference:
     """
     _check(model)
     name = type(model).__name__
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    config = model.config.get_text_config(decoder=True)
+    # The config of some encoder-decoder models says how many layers the encoder has: there the cache finds out by itself.
+    paired = bool(model.config.is_encoder_decoder)
+    cache, cross = DynamicCache() if paired else DynamicCache(config=config), DynamicCache()
     try:
-        logits = _run(model, cache)
+        logits = _run(model, EncoderDecoderCache(cache, cross) if paired else cache)
     except Exception as error:  # whatever a model raises, it cannot be tried
         raise UnsupportedModelError(f"{name} failed over transformers' own cache: {type(error).__name__}: {error}") from error
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for index, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.numel():
-            found[index] = (keys, values)
+    found, found_cross = _tensors(cache), _tensors(cross)
     if not found:
         raise UnsupportedModelError(f"{name} stored no K/V: its layers do not use the cache that they are given")
-    dtypes = {tensor.dtype for pair in found.values() for tensor in pair}
-    devices = {tensor.device for pair in found.values() for tensor in pair}
+    tensors = [tensor for pair in (*found.values(), *found_cross.values()) for tensor in pair]
+    dtypes, devices = {tensor.dtype for tensor in tensors}, {tensor.device for tensor in tensors}
     if len(dtypes) > 1 or len(devices) > 1:
         several = sorted(map(str, dtypes)) + sorted(map(str, devices))
         raise UnsupportedModelError(f"{name} stores K/V in more than one dtype or on more than one device: {', '.join(several)}")
     return Reference(
         layer_ids=tuple(found),
-        layers=tuple(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in found.values()),
+        layers=tuple(map(_spec, found.values())),
+        cross_layers={layer: _spec(pair) for layer, pair in found_cross.items()},
         dtype=dtypes.pop(),
         keeps_states=keeps_states(cache),
         logits=logits,
     )
 
 
+def _tensors(cache: Cache) -> dict[int, tuple[Tensor, Tensor]]:
+    """K and V of the layers that have stored some, by transformers' index."""
+    pairs = {layer: (getattr(each, "keys", None), getattr(each, "values", None)) for layer, each in enumerate(cache.layers)}
+    return {layer: (k, v) for layer, (k, v) in pairs.items() if isinstance(k, Tensor) and isinstance(v, Tensor) and k.numel()}
+
+
+def _spec(pair: tuple[Tensor, Tensor]) -> LayerSpec:
+    keys, values = pair
+    return LayerSpec(keys.shape[1], keys.shape[3], values.shape[3])
+
+
 def trial_blocks(block_size: int) -> int:
-    """Blocks that ``compare`` needs, the null block included."""
-    return 1 + sum(-(-(sum(_CHUNKS) - padding) // block_size) for padding in _PADDING)
+    """Blocks that ``compare`` needs at most, the null block included."""
+    return 1 + len(_PADDING) * -(-sum(_CHUNKS) // block_size)
 
 
 def compare(pool: CachePool, reference: Reference) -> None:
@@ -96,7 +111,7 @@ def compare(pool: CachePool, reference: Reference) -> None:
     """
     name = type(pool.model).__name__
     pool.fill_free_blocks(float("nan"))
-    with PagedCache(pool) as cache:
+    with PagedEncoderDecoderCache(pool) if pool.num_cross_layers else PagedCache(pool) as cache:
         try:
             logits = _run(pool.model, cache)
         except ConfigError:
@@ -118,8 +133,8 @@ def _check(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel (an unwrapped one is needed)")
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model, which a cache of self-attention alone would make silently wrong")
+    if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
+        raise UnsupportedModelError(f"the encoder of {name} reads {model.main_input_name}: only tokens are supported")
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} does not generate: load it with AutoModelForCausalLM")
     ModelCall(model)  # refuses a model that takes no past_key_values
@@ -136,6 +151,28 @@ def _check(model: object) -> None:
 
 def _run(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
     """The last logits ``[R, V]`` of each forward, of random tokens."""
+    return _run_both(model, cache) if model.config.is_encoder_decoder else _run_decoder(model, cache)
+
+
+def _run_both(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
+    """Right-padded input, and a decoder without padding."""
+    columns = sum(_CHUNKS)
+    generator = torch.Generator().manual_seed(_SEED)
+    token_ids = torch.randint(3, num_token_ids(model), (2, len(_PADDING), columns), generator=generator).to(model.device)
+    mask = (torch.arange(columns) < columns - torch.tensor(_PADDING)[:, None]).long().to(model.device)
+    logits, end = [], 0
+    with torch.no_grad():
+        encoder: Any = model.get_encoder()
+        encoded = encoder(input_ids=token_ids[0], attention_mask=mask)
+        for count in _CHUNKS:
+            begin, end = end, end + count
+            arguments = {"encoder_outputs": encoded, "attention_mask": mask, "decoder_input_ids": token_ids[1, :, begin:end]}
+            logits.append(logits_of(model(**arguments, past_key_values=cache, use_cache=True))[:, -1].float())
+    return tuple(logits)
+
+
+def _run_decoder(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
+    """A left-padded batch."""
     columns = sum(_CHUNKS)
     generator = torch.Generator().manual_seed(_SEED)
     token_ids = torch.randint(0, num_token_ids(model), (len(_PADDING), columns), generator=generator).to(model.device)
