@@ -6,7 +6,7 @@ Owns the order of these and nothing else: rules are the scheduler's, bytes the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -24,14 +24,23 @@ from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
 from pagedkv.plan import Int64Array, StepPlan
 from pagedkv.poisoning import Poison
-from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams, without_prompt_logits
+from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams
+from pagedkv.prompt_work import PromptWork
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
 from pagedkv.responses import Response
-from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer, prompt_logprobs
+from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer
 from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
 from pagedkv.seating import Seating
 from pagedkv.sizing import blocks_needed, pool_groups, split_blocks
 from pagedkv.storage import BatchBuilder, KVStorage, StateStorage
+
+# Parameters that look at the tokens of the prompt, and their values that do not.
+_NEED_PROMPT_TOKENS: Mapping[str, tuple[object, ...]] = {
+    "repetition_penalty": (1.0,),
+    "prompt_logprobs": (None,),
+    "bad_words": (None, (), []),
+    "generation_kwargs": ({},),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +186,8 @@ class Engine:
         self._batches = BatchBuilder(runner.device, runner.block_size)
         self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
         self._responses: dict[str, Response] = {}
-        self._poolers: dict[str, Pooler] = {}  # of those that have one
         self._seating = Seating(runner, self._sampler, tokenizer=tokenizer, seed=config.seed, num_rows=limits.max_running)
+        self._prompts = PromptWork(runner, self._seating)
         self._ready: list[RequestOutput] = []
         self._num_requests = 0
         self._num_computed = self._num_generated = self._num_steps = 0
@@ -309,6 +318,7 @@ class Engine:
         )
         parsed = self._parse(prompt, params)
         request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
+        embeds = None if parsed.embeds is None else self._runner.as_prompt_embeds(parsed.embeds)
         if pooling is not None:
             self._runner.check_hidden_states()
             request = replace(request, wants_prompt_logits=pooling.whole_prompt)
@@ -321,9 +331,10 @@ class Engine:
                 self._change.depth = 0
                 raise
             self._num_requests += 1
-            response = self._responses[request_id] = Response(record, params, self._decoder, parsed.text, stream)
-            if pooling is not None:
-                response.pooler = self._poolers[request_id] = Pooler(pooling, len(parsed.token_ids))
+            pooler = None if pooling is None else Pooler(pooling, len(parsed.token_ids))
+            response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds)
+            self._responses[request_id] = response
+            self._prompts.add(request_id, response)
 
     def check_request(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
@@ -380,7 +391,7 @@ class Engine:
 
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
-        return self._manager.purge(checks.text("cache_salt", cache_salt, error=InvalidRequestError))
+        return self._manager.purge(_namespace(checks.text("cache_salt", cache_salt, error=InvalidRequestError)))
 
     def reset_prefix_cache(self) -> int:
         """Make all cached prefixes unfindable; returns how many blocks that were.
@@ -408,7 +419,7 @@ class Engine:
             self._closed = True
             self._storage.close()
             self._responses.clear()
-            self._poolers.clear()
+            self._prompts.clear()
             self._seating.clear()
 
     # How it is done.
@@ -420,22 +431,14 @@ class Engine:
                 if self._state is not None:
                     self._follow(self._state)
                 self._seating.assign(self._scheduler, self._responses)
-                pooled = self._pooled(plan) if self._poolers else {}
-                if pooled:
-                    plan = without_prompt_logits(plan, list(pooled))
+                plan = self._prompts.trimmed(plan)
                 batch = self._batches.build(plan)
                 self._storage.copy_blocks(plan.copies)
                 if self._poison is not None:
                     self._poison.spread(plan)
-                if pooled:
-                    logits, states = self._runner.forward_with_hidden_states(batch, self._storage)
-                    for seq, pooler in pooled.items():
-                        first, end = plan.cu_seqlens_q[seq : seq + 2].tolist()
-                        pooler.take(int(plan.positions[first]), states[first:end])
-                else:
-                    logits = self._runner.forward(batch, self._storage)
+                logits = self._prompts.forward(batch, self._storage)
                 sampled = self._sample(plan, logits)
-                self._book_prompt_logits(plan, logits)
+                self._prompts.book_logprobs(plan, logits)
                 return sampled
         except PagedKVError:
             raise
@@ -449,11 +452,6 @@ class Engine:
         for each in pending[done:]:
             state.follow(each.row, each.source_row)
             self._followed = each
-
-    def _pooled(self, plan: StepPlan) -> dict[int, Pooler]:
-        """The poolers of a step, by the place of their sequences in its plan."""
-        owners = ((seq, self._seating.owner(row)[0]) for seq, row in enumerate(plan.rows.tolist()))
-        return {seq: response.pooler for seq, response in owners if response.pooler is not None}
 
     def _undo(self) -> None:
         """Take back a plan that was not completed: whatever stopped the step, an interrupt from the keyboard too, all is as before it."""
@@ -519,30 +517,10 @@ class Engine:
             response = self._responses[request_id]
             if response.record.finished:
                 del self._responses[request_id]
-                self._poolers.pop(request_id, None)
+                self._prompts.discard(request_id)
             elif not response.stream:
                 continue
             self._ready.append(response.output())
-
-    def _book_prompt_logits(self, plan: StepPlan, logits: Tensor) -> None:
-        if len(plan.logits_indices) == len(plan.sampling_seqs):
-            return
-        for seq, row in enumerate(plan.rows.tolist()):
-            response, _ = self._seating.owner(row)
-            wanted = response.params.prompt_logprobs
-            if wanted is None:
-                continue
-            first, end = int(plan.cu_seqlens_q[seq]), int(plan.cu_seqlens_q[seq + 1])
-            prompt = response.record.request.prompt_token_ids
-            position = int(plan.positions[first])
-            booked = len(response.prompt_logprobs) - 1
-            again = booked - position  # computed before, and again after a preemption or for another continuation
-            count = min(end - first, len(prompt) - 1 - position) - again  # the last prompt token predicts the output, not the prompt
-            if count <= 0:
-                continue
-            start = int(np.searchsorted(plan.logits_indices, first)) + again
-            entries = prompt_logprobs(logits[start : start + count], prompt[booked + 1 : booked + 1 + count], wanted)
-            response.prompt_logprobs.extend(map(response.completion(0).with_texts, entries))
 
     def _book_use(self) -> None:
         use = zip(self._peak_blocks, self._manager.usable_blocks, self._manager.available_blocks, strict=True)
@@ -564,6 +542,9 @@ class Engine:
         needs_text = [name for name in ("stop", "bad_words") if getattr(params, name)]
         if needs_text and (self._tokenizer is None or ("stop" in needs_text and not params.detokenize)):
             raise InvalidRequestError(f"{' and '.join(needs_text)} need text: give a tokenizer and leave detokenize on, or use token ids")
+        needs_tokens = [name for name, off in _NEED_PROMPT_TOKENS.items() if getattr(params, name) not in off]
+        if parsed.embeds is not None and needs_tokens:
+            raise InvalidRequestError(f"{' and '.join(needs_tokens)} need the tokens of the prompt, which prompt_embeds does not tell")
         self._seating.check(params, len(parsed.token_ids))
         return parsed
 
@@ -578,7 +559,8 @@ class Engine:
             stop_token_ids=tuple(params.stop_token_ids or ()),
             n=params.n,
             priority=priority,
-            namespace=parsed.cache_salt,
+            # What came as embeddings is named by no tokens: nobody else may find it by those that stand in their place.
+            namespace=_namespace(parsed.cache_salt) if parsed.embeds is None else f"\0{self._num_requests}",
             wants_prompt_logits=params.prompt_logprobs is not None,
         )
 
@@ -604,6 +586,11 @@ def _layer_groups(runner: ModelRunner, config: EngineConfig, max_model_len: int)
     if len(groups) == 1:
         return [asked], windows
     return split_blocks(asked, blocks_needed(groups, limits, block_size=runner.block_size, max_model_len=max_model_len), groups), windows
+
+
+def _namespace(salt: str) -> str:
+    """The namespace of a salt: the salt, but never one of those that the engine makes, which begin with a zero and a digit."""
+    return f"\0{salt}" if salt.startswith("\0") else salt
 
 
 def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:

@@ -11,24 +11,28 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from pagedkv.checks import integers, text
+from pagedkv.checks import integers, shown, text
 from pagedkv.errors import InvalidRequestError
 from pagedkv.plan import Int32Array
 from pagedkv.sampling import SamplingParams
 
 
 class PromptDict(TypedDict, total=False):
-    """A prompt with more to say: one of ``prompt`` and ``prompt_token_ids``, and any of the others.
+    """A prompt with more to say: one of ``prompt``, ``prompt_token_ids`` and ``prompt_embeds``, and any of the others.
 
-    ``cache_salt`` keeps cached prefixes apart from those of other salts. ``priority``: lower goes first, under the policy that looks at it.
+    ``prompt_embeds`` is a float tensor ``[P, H]`` of what the model's input embedding would give; no cached prefix is used for it,
+    because no tokens name it. ``cache_salt`` keeps cached prefixes apart from those of other salts. ``priority``: lower goes first,
+    under the policy that looks at it.
     """
 
     prompt: str
     prompt_token_ids: Sequence[int]
+    prompt_embeds: object
     cache_salt: str
     priority: int
 
 
+_CONTENTS = ("prompt", "prompt_token_ids", "prompt_embeds")
 _MEDIA = ("multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids")  # vLLM's names
 
 Prompt = str | Sequence[int] | PromptDict
@@ -43,12 +47,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParsedPrompt:
-    """A prompt in one form: ``text`` if it came as text, ``token_ids [P]`` int32, salt and priority."""
+    """A prompt in one form: ``text`` if it came as text, ``token_ids [P]`` int32, salt and priority.
+
+    ``embeds`` is what came as ``prompt_embeds``; then the token ids are zeros, in the place of tokens that nobody knows.
+    """
 
     text: str | None
     token_ids: Int32Array
     cache_salt: str = ""
     priority: int = 0
+    embeds: object | None = None
 
 
 def parse_prompt(
@@ -76,7 +84,7 @@ def parse_prompt(
         )
     salt, priority = fields.get("cache_salt", ""), fields.get("priority", 0)
     salt = text("cache_salt", salt, error=InvalidRequestError)
-    return ParsedPrompt(words, token_ids, salt, check_priority(priority))
+    return ParsedPrompt(words, token_ids, salt, check_priority(priority), fields.get("prompt_embeds"))
 
 
 def check_priority(priority: object) -> int:
@@ -113,7 +121,8 @@ def as_params_list(params: SamplingParams | Sequence[SamplingParams] | None, cou
 
 def _as_fields(prompt: Prompt | ParsedPrompt) -> Mapping[str, object]:
     if isinstance(prompt, ParsedPrompt):
-        return {"prompt_token_ids": prompt.token_ids, "cache_salt": prompt.cache_salt, "priority": prompt.priority}
+        tokens = {"prompt_token_ids": prompt.token_ids} if prompt.embeds is None else {"prompt_embeds": prompt.embeds}
+        return {**tokens, "cache_salt": prompt.cache_salt, "priority": prompt.priority}
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if not isinstance(prompt, Mapping):
@@ -125,13 +134,18 @@ def _as_fields(prompt: Prompt | ParsedPrompt) -> Mapping[str, object]:
     if unknown:
         names = ", ".join(sorted(map(str, unknown)))
         raise InvalidRequestError(f"prompt fields {names} are unknown: use {', '.join(PromptDict.__annotations__)}")
-    if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
-        raise InvalidRequestError("a prompt dict needs exactly one of prompt and prompt_token_ids")
+    if sum(field in prompt for field in _CONTENTS) != 1:
+        raise InvalidRequestError(f"a prompt dict needs exactly one of {', '.join(_CONTENTS)}")
     return prompt
 
 
 def _encoded(fields: Mapping[str, object], tokenizer: Encoder | None) -> tuple[str | None, object]:
     """The prompt's text, if it has one, and its token ids as they come."""
+    if "prompt_embeds" in fields:
+        shape = tuple(getattr(fields["prompt_embeds"], "shape", ()))
+        if len(shape) != 2:
+            raise InvalidRequestError(f"prompt_embeds is {shown(fields['prompt_embeds'])}: it must be a tensor of two dimensions, [P, H]")
+        return None, np.zeros(shape[0], dtype=np.int32)
     if "prompt" not in fields:
         return None, fields["prompt_token_ids"]
     words = text("prompt", fields["prompt"], error=InvalidRequestError)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from pagedkv.errors import InvalidRequestError
 from pagedkv.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.pooling import Pooler
@@ -122,6 +124,7 @@ class Response:
         text: the prompt as text, if it came so.
         stream: whether an output is wanted for every step.
         pooler: takes the prompt's hidden states, where they and not a continuation are wanted.
+        embeds: ``[P, H]`` the prompt, where it came as embeddings: its token ids mean nothing.
     """
 
     record: RequestRecord
@@ -130,6 +133,7 @@ class Response:
     text: str | None
     stream: bool
     pooler: Pooler | None = None
+    embeds: Tensor | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])  # nothing comes before the first token
 
@@ -142,7 +146,7 @@ class Response:
         """The continuation of this index, begun on first use."""
         completion = self.completions.get(index)
         if completion is None:
-            prompt = self.record.request.prompt_token_ids.tolist()
+            prompt = [] if self.embeds is not None else self.record.request.prompt_token_ids.tolist()
             completion = self.completions[index] = Completion(self.params, self.tokenizer, prompt)
         return completion
 
@@ -167,7 +171,7 @@ class Response:
         return RequestOutput(
             request_id=record.request.request_id,
             prompt=self.text,
-            prompt_token_ids=tuple(record.request.prompt_token_ids.tolist()),
+            prompt_token_ids=() if self.embeds is not None else tuple(record.request.prompt_token_ids.tolist()),
             outputs=tuple(self.completion(branch.index).output(branch) for branch in branches),
             num_cached_tokens=record.num_cached_tokens,
             metrics=RequestMetrics(

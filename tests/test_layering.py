@@ -17,7 +17,7 @@ BASE = {"errors", "plan", "checks"}
 STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
-ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling"}
+ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling", "prompt_work"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "pooling": BASE | {"outputs", "sampling"},
     "responses": BASE | {"outputs", "pooling", "sampling", "scheduling"},
     "seating": BASE | {"core", "models", "responses", "sampling", "scheduling"},
+    "prompt_work": STORAGE | {"models", "pooling", "responses", "sampling", "seating"},
     "poisoning": BASE | {"core", "storage"},
     "engine": TOP - {"engine", "llm"},
     "llm": TOP - {"llm"},
@@ -68,6 +69,8 @@ THIRD_PARTIES = {
         "llm",
         "testing",
         "cli",
+        "prompt_work",
+        "responses",
     },
     "transformers": {"models", "generation", "engine", "llm", "seating", "testing"},  # seating is the engine's, and names a tokenizer
 }

@@ -7,7 +7,7 @@ owns no storage: pools are made here on request and belong to the caller. Outsid
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 from torch import Tensor
@@ -15,12 +15,13 @@ from transformers import Cache, PreTrainedModel
 
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import integer
-from pagedkv.errors import ClosedError, ConfigError, UnsupportedModelError
+from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel
 from pagedkv.models.alterations import Alterations
 from pagedkv.models.fusion import FusionReport
 from pagedkv.models.groups import group_layers
 from pagedkv.models.hidden_states import HiddenStates
+from pagedkv.models.input_embeddings import InputEmbeddings
 from pagedkv.models.limits import eos_token_ids, num_token_ids
 from pagedkv.models.own_cache import bounded_by_own_cache
 from pagedkv.models.packed import PackedTier
@@ -114,6 +115,7 @@ class ModelRunner:
         self._tier, self._replacements = choice.tier, choice.replacements
         self._alterations = Alterations(model)
         self._hidden_states = HiddenStates(model)
+        self._input_embeddings = InputEmbeddings(model)
         self._closed = False
         self.report: SelfCheck = choice.check
         self.tier: TierReport = choice.report
@@ -226,6 +228,26 @@ class ModelRunner:
         with self._hidden_states.taken(batch.plan.num_tokens) as states:
             logits = self.forward(batch, storage)
         return logits, states[0]
+
+    def as_prompt_embeds(self, values: object) -> Tensor:
+        """A prompt given as embeddings, ``[P, H]``, checked, on the model's device and in its dtype.
+
+        Raises:
+            InvalidRequestError: no float tensor, of another width than the model's embedding, or with numbers that are not finite.
+            UnsupportedModelError: the model takes no such prompts; a forward or two of 3 tokens, the first time.
+        """
+        self._check_open()
+        width = self._input_embeddings.width()
+        if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 2 or values.shape[1] != width:
+            form = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise InvalidRequestError(f"prompt_embeds is {form}: it must be a tensor of floats, [P, {width}]")
+        if not bool(values.isfinite().all()):
+            raise InvalidRequestError("prompt_embeds has numbers that are not finite")
+        return values.detach().to(self.device, self._model.dtype, copy=True)
+
+    def prompt_embeds(self, rows: Tensor, is_given: Tensor) -> AbstractContextManager[None]:
+        """A ``with`` block within which ``forward`` takes some tokens' embeddings from ``rows [T, H]``: those of ``is_given [T]``."""
+        return self._input_embeddings.given(rows, is_given)
 
     @contextmanager
     def step(self, batch: StepBatch, storage: KVStorage) -> Iterator[Cache]:
