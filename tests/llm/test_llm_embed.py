@@ -14,6 +14,7 @@ from pagedkv import LLM, Engine, EngineConfig, ModelRunner, PoolingParams, Sampl
 from pagedkv.errors import ClosedError, InvalidRequestError, StepError, UnsupportedModelError
 from pagedkv.testing.models import TINY_MODELS, randomised, tiny_model
 
+OTHERS = tuple(name for name in TINY_MODELS if name not in ("llama", "gemma3", "opt"))
 LENGTHS = (1, 5, 23, 40, 17, 33)
 BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
@@ -48,7 +49,7 @@ def assert_near(ours: Any, theirs: np.ndarray[Any, Any], what: str) -> None:
     assert difference < 1e-4, f"{what}: off by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name", [*TINY_MODELS, "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "bloom", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_embeddings_equal_the_model_s_own_hidden_states_in_chunks_with_prefix_hits_and_preemptions(name: str) -> None:
     model = randomised(AutoConfig.for_model("bloom", **BLOOM)) if name == "bloom" else tiny_model(name)
     prompts = prompts_of(seed=1)

@@ -30,7 +30,7 @@ def alone(model: Any, embeds: Tensor) -> list[int]:
     return model.generate(inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(embeds)), **options)[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "bloom", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2"))])
 def test_prompts_as_embeddings_equal_generate_alone_beside_tokens_in_chunks_and_after_preemption(name: str) -> None:
     model = randomised(AutoConfig.for_model("bloom", **BLOOM)) if name == "bloom" else tiny_model(name)
     embeds = embeds_of(model, seed=1)

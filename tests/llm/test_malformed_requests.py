@@ -88,7 +88,7 @@ PROMPTS: list[tuple[str, object, str]] = [
     ("too long", [5] * 16, "max_model_len is 16"),
     ("an unprintable object", Unprintable(), "Unprintable"),
     ("text without a tokenizer", "hello", "there is no tokenizer"),
-    ("an empty dict", {}, "exactly one of prompt and prompt_token_ids"),
+    ("an empty dict", {}, "exactly one of prompt, prompt_token_ids, prompt_embeds"),
     ("a dict of both", {"prompt": "a", "prompt_token_ids": [5]}, "exactly one"),
     ("a dict with prompt None", {"prompt": None}, "prompt is None"),
     ("a dict with prompt number", {"prompt": 5}, "prompt is 5"),

@@ -52,16 +52,21 @@ def scaled_input(module: nn.Module, arguments: Any, named: dict[str, Any]) -> An
 
 
 HOOKED = (
-    "model.embed_tokens",
     "model.layers.0",
-    "model.layers.0.input_layernorm",
-    "model.layers.1.self_attn",
-    "model.layers.1.self_attn.q_proj",
     "model.layers.1.self_attn.v_proj",
     "model.layers.0.mlp",
-    "model.layers.0.mlp.down_proj",
-    "model.norm",
     "lm_head",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            "model.embed_tokens",
+            "model.layers.0.input_layernorm",
+            "model.layers.1.self_attn",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.0.mlp.down_proj",
+            "model.norm",
+        )
+    ),
 )
 
 
