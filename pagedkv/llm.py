@@ -136,7 +136,8 @@ class LLM:
         self._fixed_blocks: int | list[int] | None = num_blocks
         if kv_cache_memory_bytes is not None:
             needed = blocks_needed(self._groups, self._limits, block_size=block_size, max_model_len=self._max_model_len)
-            self._fixed_blocks = self._blocks_in(kv_cache_memory_bytes, needed, setting="kv_cache_memory_bytes")
+            fixed = self._blocks_in(kv_cache_memory_bytes, needed, setting="kv_cache_memory_bytes", num_rows=self._limits.max_running)
+            self._fixed_blocks = fixed
         self._engine = self._new_engine(self._fixed_blocks) if self._fixed_blocks is not None else None
         self._num_requests = 0
         self._inboxes: dict[str, deque[RequestOutput]] = {}
@@ -291,12 +292,14 @@ class LLM:
 
     # How it is done.
 
-    def _blocks_in(self, nbytes: int, needed: Sequence[int], *, setting: str) -> list[int]:
-        state = sum(spec.nbytes for spec in self._runner.states) * self._limits.max_running
+    def _blocks_in(self, nbytes: int, needed: Sequence[int], *, setting: str, num_rows: int) -> list[int]:
+        state = sum(spec.nbytes for spec in self._runner.states) * num_rows
         return fit_in_memory(nbytes, needed, self._groups, setting=setting, state_nbytes=state)
 
-    def _new_engine(self, num_blocks: int | list[int]) -> Engine:
+    def _new_engine(self, num_blocks: int | list[int], *, num_rows: int | None = None) -> Engine:
         config = replace(self._config, num_blocks=num_blocks)
+        if num_rows is not None and self._runner.states:  # a slot of state each: no more sequences at once than there are
+            config = replace(config, max_num_seqs=num_rows)
         return Engine(self._runner, config, tokenizer=self._tokenizer, policy=self._policy)
 
     def _work(
@@ -331,7 +334,7 @@ class LLM:
         )
 
     def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
-        """Make the pools as large as this work can use, unless they are already, or are in use.
+        """Make the pools, and slots for recurrent state, as many as this work can use, unless they are already, or are in use.
 
         A larger pool is a new one: what the old one had cached is gone.
         """
@@ -340,21 +343,24 @@ class LLM:
             tokens = len(prompt.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
             lengths.append((min(tokens, self._max_model_len), params.n))
         wanted = blocks_for_work(lengths, self._groups, self._limits, block_size=self._runner.block_size)
+        rows, have_rows = min(sum(count for _, count in lengths), self._limits.max_running) if self._runner.states else 0, 0
         held, have = 0, [0] * len(wanted)
         if self._engine is not None:
+            have_rows = self._engine.config.max_num_seqs if self._runner.states else 0
+            rows = max(rows, have_rows)
             now = self._engine.statistics()
             held, have = now.pool_nbytes + now.state_nbytes, [group.num_blocks + 1 for group in now.cache.groups]
             wanted = list(map(max, wanted, have))
-            if wanted == have or self._inboxes or now.num_running or now.num_waiting:
+            if (wanted == have and rows == have_rows) or self._inboxes or now.num_running or now.num_waiting:
                 return
         share = int((free_memory(self._runner.device) + held) * self._memory_share)
-        blocks = self._blocks_in(share, wanted, setting=f"memory_share={self._memory_share} of free memory")
-        if all(map(le, blocks, have)):
+        blocks = self._blocks_in(share, wanted, setting=f"memory_share={self._memory_share} of free memory", num_rows=rows)
+        if all(map(le, blocks, have)) and rows == have_rows:
             return
         if self._engine is not None:
             self._engine.close()
             self._engine = None  # should the larger pool be refused, the next work starts afresh
-        self._engine = self._new_engine(blocks)
+        self._engine = self._new_engine(blocks, num_rows=rows)
 
     def _finished(
         self,

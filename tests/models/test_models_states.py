@@ -150,6 +150,11 @@ def test_state_has_its_own_bytes_in_plans_and_pools() -> None:
     with LLM(model, block_size=4, max_model_len=64, max_num_seqs=3, kv_cache_memory_bytes=3 * each) as llm:
         assert llm.statistics().state_nbytes == 3 * each
         assert llm.engine.num_usable_blocks >= 3 * 16
+    with LLM(model, block_size=4, max_model_len=64) as llm:
+        for prompts, num_rows in (([[5, 9]], 1), ([[5, 9]] * 3, 3), ([[5, 9]] * 2, 3)):
+            outputs = llm.generate(prompts, greedy(3), use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == [alone(llm, [5, 9], 3)] * len(prompts)
+            assert llm.statistics().state_nbytes == num_rows * each, "as many slots as the work can use at once"
     with pytest.raises(ConfigError, match=r"recurrent state.*max_num_seqs"):
         LLM(model, block_size=4, max_model_len=64, max_num_seqs=3, kv_cache_memory_bytes=3 * each - 1)
 
