@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -159,7 +159,9 @@ def _refused(name: str) -> Iterator[None]:
     """Turn what transformers raises over files that it cannot use into errors of ours."""
     try:
         yield
-    except (OSError, HFValidationError) as error:  # the second is for a folder that is not there: it is taken for a name that cannot be
+    except ConfigError:
+        raise  # refused already, further in; to Python it is a ValueError
+    except OSError as error:
         raise ConfigError(f"{name} cannot be loaded: {error}") from error
     except (ValueError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
