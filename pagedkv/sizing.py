@@ -31,14 +31,10 @@ class PoolGroup:
 
 def pool_groups(runner: ModelRunner, *, windowed: bool = True) -> tuple[PoolGroup, ...]:
     """The layer groups of a model; a single one where windows are not wanted, or prompts have to be computed in one step."""
-    if len(runner.windows) == 1 or not windowed or runner.recurrent_state == "whole":
-        return (PoolGroup(None, runner.nbytes_per_block),)
-    size, dtype = runner.block_size, runner.dtype
-    nbytes = [0] * len(runner.windows)
-    for layer in runner.grouped_layers:
-        nbytes[layer.group] += size * layer.nbytes_per_token(dtype)
+    if not windowed or runner.recurrent_state == "whole":
+        return (PoolGroup(None, sum(runner.group_nbytes)),)
     windows = [None if mask is None or mask.kind == "causal" else Window(mask.kind, mask.size) for mask in runner.windows]
-    return tuple(PoolGroup(window, each) for window, each in zip(windows, nbytes, strict=True))
+    return tuple(PoolGroup(window, nbytes) for window, nbytes in zip(windows, runner.group_nbytes, strict=True))
 
 
 def blocks_needed(groups: Sequence[PoolGroup], limits: SchedulerConfig, *, block_size: int, max_model_len: int) -> list[int]:

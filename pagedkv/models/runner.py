@@ -159,9 +159,12 @@ class ModelRunner:
         return self._model
 
     @property
-    def nbytes_per_block(self) -> int:
-        """Bytes of one block of K and V, all layers."""
-        return self.block_size * sum(layer.nbytes_per_token(self.dtype) for layer in self.layers)
+    def group_nbytes(self) -> tuple[int, ...]:
+        """Bytes of one block of K and V in each layer group, all of its layers."""
+        nbytes = [0] * len(self.windows)
+        for layer in self.grouped_layers:
+            nbytes[layer.group] += self.block_size * layer.nbytes_per_token(self.dtype)
+        return tuple(nbytes)
 
     def new_storage(self, num_blocks: int | Sequence[int], *, num_rows: int | None = None) -> KVStorage:
         """Zeroed pools of ``num_blocks`` blocks (the null block included) for this model's layers; the caller owns them.

@@ -123,7 +123,7 @@ class HashModel:
         self.eos_token_ids: tuple[int, ...] = ()
         self.recurrent_state = "none"
         self.windows = (None,)  # one layer group, which keeps everything
-        self.nbytes_per_block = 8 * block_size
+        self.group_nbytes = (8 * block_size,)
         self.device = "cpu"
         self.namespaces_of = namespaces_of
 

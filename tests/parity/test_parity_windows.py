@@ -11,7 +11,9 @@ from parity_support import Oracle, Prompt, assert_tokens, generate, greedy, pois
 from pagedkv.attention import Mask
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import ConfigError, RequestTooLargeError
+from pagedkv.testing.alone import GenerateAlone
 from pagedkv.testing.models import WINDOW, randomised, tiny_config
+from pagedkv.testing.simulation import simulate_engine
 
 SIZE = 4
 HELD = -(-(WINDOW - 1) // SIZE) + 1  # blocks of a window, and the one that is written
@@ -110,7 +112,7 @@ def test_one_number_of_blocks_gives_windowed_groups_what_they_need(oracle_of: Ca
     idle = oracle_of("mistral").runner(SIZE)
     groups = Engine(idle, few).statistics().cache.groups
     assert [group.num_blocks for group in groups] == [2 * 256 // SIZE + 2, 2 * HELD + 3 + 2]
-    assert Engine(idle, few).storage.nbytes == (2 * HELD + 3 + 3) * idle.nbytes_per_block
+    assert Engine(idle, few).storage.nbytes == (2 * HELD + 3 + 3) * sum(idle.group_nbytes)
 
 
 @pytest.mark.parametrize("num_blocks", [[9], [9, 9, 9], [], [9, 1]])
@@ -125,3 +127,11 @@ def test_request_that_no_window_can_hold_is_refused_alone(oracle_of: Callable[[s
         engine.add_request("long", [5] * 40)
     engine.add_request("short", [5] * 4, greedy(max_tokens=2))
     assert [output.finished for _ in range(3) for output in engine.step()][-1]
+
+
+@pytest.mark.parametrize("name", [WINDOWED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WINDOWED[1:])])
+def test_lives_with_failures_and_preemptions_end_with_the_tokens_of_generate(name: str, oracle_of: Callable[[str], Oracle]) -> None:
+    oracle = oracle_of(name)
+    runner, alone = oracle.runner(SIZE), GenerateAlone(oracle.model)
+    reports = [simulate_engine(seed, runner, alone) for seed in range(6)]
+    assert sum(report.num_preemptions for report in reports) > 0
