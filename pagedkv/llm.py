@@ -59,7 +59,7 @@ class LLM:
         dtype: of weights and K/V, ``"float32"`` for one; the checkpoint's own when not given.
         device: ``"cpu"``, ``"cuda"``; CUDA when there is one.
         block_size: tokens in a block.
-        num_blocks: exactly so many blocks, the null block included; or
+        num_blocks: exactly so many blocks, the null block included (where layers have windows, for those no more than they need); or
         kv_cache_memory_bytes: as many blocks as fit in so many bytes; or neither: what the submitted work can use at once.
         memory_share: with neither, never more than this share of the free memory, from above 0 to 1.
         max_num_seqs: sequences running at once.

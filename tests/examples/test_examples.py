@@ -47,6 +47,11 @@ def test_bookkeeping_only_runs_without_torch(tmp_path: Path) -> None:
     assert "its copy" in output
 
 
+def test_windowed_layers_hold_their_window_and_find_prefixes(tmp_path: Path) -> None:
+    output = run_example("08_windowed_layers.py", folder=tmp_path)
+    assert "finds 32,768, and holds [2048, 64] blocks" in output
+
+
 def test_plain_pytorch_transformer_decodes_the_same_tokens(tmp_path: Path) -> None:
     output = run_example("02_plain_pytorch_transformer.py", folder=tmp_path)
     assert output.count("the same without a cache") == 5
