@@ -67,7 +67,7 @@ def _live(name: str, seeds: range) -> SimulationReport:
 
 
 def test_lives_with_failed_steps_and_aborts_end_with_the_tokens_of_generate() -> None:
-    report = _live("mamba", range(6))
+    report = _live("mamba", range(4))
     assert report.num_failed_steps
     assert report.num_copies
 
@@ -101,7 +101,8 @@ def test_numbers_alone_put_prompts_in_one_piece(monkeypatch: pytest.MonkeyPatch)
 def test_state_kept_on_modules_is_refused_and_named() -> None:
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "lru_width": 32}
     model = randomised(_config("recurrent_gemma", vocab_size=97, block_types=["recurrent", "attention"], **config))
-    with pytest.raises(UnsupportedModelError, match=r"state on its modules.*conv1d_state"):
+    # Before 5.23, transformers' code of it asks for parts of a cache that ours does not have, and comes no further.
+    with pytest.raises(UnsupportedModelError, match=r"state on its modules.*conv1d_state|failed over a paged cache"):
         ModelRunner(model, block_size=4)
 
 
