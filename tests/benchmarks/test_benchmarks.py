@@ -39,6 +39,13 @@ def test_control_plane_quick_run_writes_steps_and_commands(tmp_path: Path) -> No
     assert figures["decode step, pagedkv, 64 running, us"]["count"] > 0
 
 
+def test_load_quick_run_times_every_way_in_both_precisions(tmp_path: Path) -> None:
+    figures = run("load.py", tmp_path)["figures"]
+    for dtype in ("float32", "bfloat16"):
+        for tier in ("auto", "packed", "dense", "dense-equal"):
+            need(figures, f"{dtype}, {tier}, probe and self-check, s", f"{dtype}, {tier}, all, s")
+
+
 def test_throughput_tiny_model_compares_all_ways_on_all_workloads(tmp_path: Path) -> None:
     content = run("throughput.py", tmp_path, "--model", "tiny", "--threads", "1")
     figures = content["figures"]
