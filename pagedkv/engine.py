@@ -283,7 +283,11 @@ class Engine:
         if record is None:
             raise InvalidRequestError(f"request id {request_id!r} is not known: it never was, or ended long ago")
         states = ", ".join(f"{branch.index}: {branch.finish_reason or branch.status}" for branch in record.branches)
-        return "\n".join([f"request {request_id!r} ({states})", *(f"  {event}" for event in record.events)])
+        lines = [f"request {request_id!r} ({states})", *(f"  {event}" for event in record.events)]
+        num_tokens = len(record.request.prompt_token_ids) + record.request.max_tokens
+        if self._runner.far_positions is not None and num_tokens == self._longest(is_far=False) < self.max_model_len:
+            lines.append(f"  ends at {num_tokens} tokens: {self._runner.max_positions_reason}")
+        return "\n".join(lines)
 
     # Commands.
 
@@ -332,7 +336,7 @@ class Engine:
                 raise
             self._num_requests += 1
             pooler = None if pooling is None else Pooler(pooling, len(parsed.token_ids))
-            response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds)
+            response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds, self._is_far(len(parsed.token_ids)))
             self._responses[request_id] = response
             self._prompts.add(request_id, response)
 
@@ -391,7 +395,8 @@ class Engine:
 
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
-        return self._manager.purge(_namespace(checks.text("cache_salt", cache_salt, error=InvalidRequestError)))
+        salt = checks.text("cache_salt", cache_salt, error=InvalidRequestError)
+        return sum(self._manager.purge(_namespace(salt, is_far=is_far)) for is_far in (False, True))
 
     def reset_prefix_cache(self) -> int:
         """Make all cached prefixes unfindable; returns how many blocks that were.
@@ -548,8 +553,21 @@ class Engine:
         self._seating.check(params, len(parsed.token_ids))
         return parsed
 
+    def _is_far(self, num_prompt_tokens: int) -> bool:
+        """Whether a prompt is so long that the model rotates all of it at other frequencies, see ``ModelRunner.far_positions``."""
+        far, near = self._runner.far_positions, self._runner.max_positions
+        return far is not None and near is not None and num_prompt_tokens > near
+
+    def _longest(self, *, is_far: bool) -> int:
+        """Tokens of prompt and output together. A prompt that is not far must not become so: the last token is never read."""
+        near = self._runner.max_positions
+        if is_far or near is None:
+            return self.max_model_len
+        return min(self.max_model_len, near + 1)
+
     def _request(self, request_id: str, parsed: ParsedPrompt, params: SamplingParams, priority: int) -> Request:
-        room = self.max_model_len - len(parsed.token_ids)
+        is_far = self._is_far(len(parsed.token_ids))
+        room = self._longest(is_far=is_far) - len(parsed.token_ids)
         return Request(
             request_id,
             parsed.token_ids,
@@ -560,7 +578,7 @@ class Engine:
             n=params.n,
             priority=priority,
             # What came as embeddings is named by no tokens: nobody else may find it by those that stand in their place.
-            namespace=_namespace(parsed.cache_salt) if parsed.embeds is None else f"\0{self._num_requests}",
+            namespace=_namespace(parsed.cache_salt, is_far=is_far) if parsed.embeds is None else f"\0{self._num_requests}",
             wants_prompt_logits=params.prompt_logprobs is not None,
         )
 
@@ -588,8 +606,13 @@ def _layer_groups(runner: ModelRunner, config: EngineConfig, max_model_len: int)
     return split_blocks(asked, blocks_needed(groups, limits, block_size=runner.block_size, max_model_len=max_model_len), groups), windows
 
 
-def _namespace(salt: str) -> str:
-    """The namespace of a salt: the salt, but never one of those that the engine makes, which begin with a zero and a digit."""
+def _namespace(salt: str, *, is_far: bool = False) -> str:
+    """The namespace of a salt: the salt, but never one that the engine makes, which begin with a zero and a digit or letter.
+
+    K/V of a prompt at the frequencies of long ones are of no use to others.
+    """
+    if is_far:
+        return f"\0far{salt}"
     return f"\0{salt}" if salt.startswith("\0") else salt
 
 
@@ -599,7 +622,7 @@ def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:
     Raises:
         ConfigError: more is asked than the model has positions, or the model states none and nothing is asked.
     """
-    positions = runner.max_positions
+    positions = runner.max_positions if runner.far_positions is None else runner.far_positions
     if asked is None:
         if positions is None:
             raise ConfigError("the model states no longest length: give max_model_len")

@@ -1,4 +1,4 @@
-"""What a step does with prompts beside computing their K/V: takes them as embeddings, pools their hidden states, scores their tokens.
+"""What a step does for prompts beside the usual: takes them as embeddings, rotates long ones apart, pools hidden states, scores tokens.
 
 Owns which live requests want that. Does not own what they get (``Response``), nor how a model is hooked (``ModelRunner``).
 """
@@ -34,8 +34,8 @@ class PromptWork:
         self._responses: dict[str, Response] = {}
 
     def add(self, request_id: str, response: Response) -> None:
-        """Have a request looked after, if its prompt comes as embeddings or is pooled."""
-        if response.pooler is not None or response.embeds is not None:
+        """Have a request looked after, if its prompt comes as embeddings, is pooled, or is longer than most may be."""
+        if _is_special(response):
             self._responses[request_id] = response
 
     def discard(self, request_id: str) -> None:
@@ -58,7 +58,11 @@ class PromptWork:
             return self._runner.forward(batch, storage)
         poolers = [(seq, response.pooler) for seq, response in work if response.pooler is not None]
         embeds = [(seq, response.embeds) for seq, response in work if response.embeds is not None]
-        with self._runner.prompt_embeds(*_rows(batch, embeds)) if embeds else nullcontext():
+        far = [seq for seq, response in work if response.is_far]
+        with (
+            self._runner.prompt_embeds(*_rows(batch, embeds)) if embeds else nullcontext(),
+            self._runner.far_apart(_marked(batch, far)) if far else nullcontext(),
+        ):
             if not poolers:
                 return self._runner.forward(batch, storage)
             logits, states = self._runner.forward_with_hidden_states(batch, storage)
@@ -93,7 +97,18 @@ class PromptWork:
         if not self._responses:
             return []
         owners = ((seq, self._seating.owner(row)[0]) for seq, row in enumerate(plan.rows.tolist()))
-        return [(seq, owner) for seq, owner in owners if owner.pooler is not None or owner.embeds is not None]
+        return [(seq, owner) for seq, owner in owners if _is_special(owner)]
+
+
+def _is_special(response: Response) -> bool:
+    return response.pooler is not None or response.embeds is not None or response.is_far
+
+
+def _marked(batch: StepBatch, seqs: list[int]) -> Tensor:
+    """``[T]`` which tokens are of these sequences."""
+    marks = np.zeros(batch.plan.num_seqs, dtype=np.bool_)
+    marks[seqs] = True
+    return torch.from_numpy(np.repeat(marks, batch.plan.query_lens)).to(batch.token_ids.device)
 
 
 def _rows(batch: StepBatch, embeds: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,7 @@ class Response:
         stream: whether an output is wanted for every step.
         pooler: takes the prompt's hidden states, where they and not a continuation are wanted.
         embeds: ``[P, H]`` the prompt, where it came as embeddings: its token ids mean nothing.
+        is_far: whether the prompt is longer than ``ModelRunner.max_positions``.
     """
 
     record: RequestRecord
@@ -134,6 +135,7 @@ class Response:
     stream: bool
     pooler: Pooler | None = None
     embeds: Tensor | None = None
+    is_far: bool = False
     completions: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])  # nothing comes before the first token
 

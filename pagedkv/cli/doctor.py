@@ -108,7 +108,8 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
         _layers(runner),
         Finding(
             "positions",
-            "no limit" if runner.max_positions is None else f"{runner.max_positions:,}",
+            ("no limit" if runner.max_positions is None else f"{runner.max_positions:,}")
+            + ("" if runner.far_positions is None else f", and {runner.far_positions:,} for prompts that are longer than that alone"),
             () if runner.max_positions_reason is None else (runner.max_positions_reason,),
         ),
         Finding("K/V", f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}"),

@@ -2,7 +2,8 @@
 
 Owns two trials. Rotary embeddings that pick their frequencies from the largest position of a forward (transformers' ``longrope`` and
 ``dynamic``) would let a request's tokens depend on its neighbours: they are run alone, and sequences end where they switch, so that every
-one has the frequencies that it has alone. Tables of learned positions are watched while the model runs: they may be shorter than stated.
+one has the frequencies that it has alone. Prompts that are longer from the start are served, too, where all longer forwards are alike.
+Tables of learned positions are watched while the model runs: they may be shorter than stated.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
+from pagedkv.models.context import active_step
 from pagedkv.models.limits import max_positions
 
 _BATCH_DEPENDENT = ("dynamic", "longrope")
@@ -36,11 +38,14 @@ class PositionReach:
         stated: what the config says, or None.
         reach: what is served, or None for no limit.
         reason: why ``reach`` is less than stated; None where it is not.
+        far_reach: what is served to prompts longer than ``reach``, which have other frequencies from the first token on; None where no
+            such prompt is.
     """
 
     stated: int | None
     reach: int | None
     reason: str | None
+    far_reach: int | None = None
 
 
 class RotaryEmbeddings:
@@ -72,7 +77,12 @@ class RotaryEmbeddings:
         reach = min(reaches, default=longest)
         self._pinned = [(rotary.module, rotary.memory(reach)) for rotary in tried if rotary.remembers(reach)]
         reason = None if reach == longest else _reason(stated, reach, _rope_type(tried[reaches.index(reach)]))
-        self.positions = PositionReach(stated, stated if reason is None else reach, reason)
+        self._switching = [rotary for rotary, length in zip(tried, reaches, strict=True) if length < longest]
+        self._switch = reach
+        # Rows of both kinds share a step where there are just two kinds, and every rotary embedding switches at the same length.
+        two_kinds = all(rotary.reach(longest) == reach and rotary.is_constant_beyond(reach, longest) for rotary in self._switching)
+        far = stated if reason is not None and two_kinds else None
+        self.positions = PositionReach(stated, stated if reason is None else reach, reason, far)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -85,6 +95,26 @@ class RotaryEmbeddings:
         finally:
             for module, memory in reversed(held):
                 _exchange(module, memory)
+
+    @contextmanager
+    def far_apart(self, is_far: Tensor) -> Iterator[None]:
+        """For a ``with`` block, rotate some tokens of a step at the frequencies of long forwards, and all others at those of short ones.
+
+        Args:
+            is_far: ``[T]`` bool, on the model's device: tokens of prompts longer than ``positions.reach``.
+        """
+        held: list[tuple[nn.Module, object]] = []
+        try:
+            for module in dict.fromkeys(rotary.module for rotary in self._switching):
+                held.append((module, vars(module).get("forward", _NOTHING)))
+                vars(module)["forward"] = _both(module.forward, is_far, self._switch)
+            yield
+        finally:
+            for module, former in held:
+                if former is _NOTHING:
+                    del vars(module)["forward"]
+                else:
+                    vars(module)["forward"] = former
 
 
 class PositionTables(TorchFunctionMode):
@@ -160,6 +190,18 @@ class _Rotary:
                 )
             return least
 
+    def is_constant_beyond(self, reach: int, longest: int) -> bool:
+        """Whether all forwards longer than ``reach`` rotate alike."""
+        if self.num_axes:
+            return False  # rows of such positions are not told apart
+        with _left_alone(self.module):
+            probes = min(1, reach - 1), reach // 2, reach
+            first = self.angles(*probes)
+            middle = (reach + longest) // 2
+            within = all(torch.equal(self.angles(*probes, other)[..., :3, :], first) for other in (middle, longest - 1))
+            alone = torch.cat([self.angles(middle), self.angles(longest - 1)], dim=-2)
+            return within and torch.equal(self.angles(middle, longest - 1), alone)
+
     def remembers(self, reach: int) -> bool:
         """Whether what it answers within ``reach`` depends on longer forwards before."""
         with _left_alone(self.module):
@@ -196,6 +238,23 @@ class _Rotary:
         together = self.angles(low, middle, length - 1)
         alone = torch.cat([self.angles(low), self.angles(middle)], dim=-2)
         return torch.equal(together[..., :2, :], alone)
+
+
+def _both(forward: Callable[..., Any], is_far: Tensor, switch: int) -> Callable[..., Any]:
+    """A rotary embedding's forward at both frequencies at once, each token at its own."""
+
+    def at_both(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step = active_step()
+        if step is None:
+            return forward(x, position_ids, *args, **kwargs)  # another thread's ordinary forward
+        tokens: Tensor | None = getattr(step, "tokens", None)
+        which = (is_far[None] if tokens is None else is_far[tokens])[..., None]
+        near = forward(x, position_ids.clamp(max=switch - 1), *args, **kwargs)
+        beyond = position_ids.new_full((*position_ids.shape[:-1], 1), switch)
+        far = forward(x, torch.cat([position_ids, beyond], dim=-1), *args, **kwargs)
+        return tuple(torch.where(which, long[..., :-1, :], short) for long, short in zip(far, near, strict=True))
+
+    return at_both
 
 
 def _rotaries(module: nn.Module) -> list[_Rotary]:

@@ -77,6 +77,8 @@ class ModelRunner:
         num_token_ids: token ids from 0 that the model can read; usually ``vocab_size``.
         max_positions: longest sequence that is served, or None for no limit.
         max_positions_reason: why it is less than the config states; None where it is not.
+        far_positions: longest sequence that is served where the prompt alone is longer than ``max_positions`` and its tokens are marked by
+            ``far_apart``; None where none is.
         dtype: of K and V.
         device: of the model.
         eos_token_ids: ascending, possibly none.
@@ -129,6 +131,7 @@ class ModelRunner:
         self.vocab_size = min(choice.tier.shape.vocab_size, self.num_token_ids)
         positions = bounded_by_own_cache(self._rotaries.positions, model, choice.tier.shape)
         self.max_positions, self.max_positions_reason = positions.reach, positions.reason
+        self.far_positions = positions.far_reach
         self.eos_token_ids = eos_token_ids(model)
         groups = group_layers(choice.tier.shape, max_positions=self.max_positions)
         self.grouped_layers, self.windows = groups.layers, groups.windows
@@ -231,6 +234,10 @@ class ModelRunner:
         with self._hidden_states.taken(batch.plan.num_tokens) as states:
             logits = self.forward(batch, storage)
         return logits, states[0]
+
+    def far_apart(self, is_far: Tensor) -> AbstractContextManager[None]:
+        """A ``with`` block within which ``forward`` rotates the tokens of ``is_far [T]`` as of long prompts: see ``far_positions``."""
+        return self._rotaries.far_apart(is_far)
 
     def as_prompt_embeds(self, values: object) -> Tensor:
         """A prompt given as embeddings, ``[P, H]``, checked, on the model's device and in its dtype.

@@ -120,6 +120,7 @@ class HashModel:
         self.vocab_size = self.num_token_ids = vocab_size
         self.max_positions = max_positions
         self.max_positions_reason: str | None = None
+        self.far_positions: int | None = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.recurrent_state = "none"
         self.windows = (None,)  # one layer group, which keeps everything

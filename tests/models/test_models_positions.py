@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from pagedkv import LLM, SamplingParams
+from pagedkv import LLM, PoolingParams, SamplingParams
 from pagedkv.errors import ConfigError, InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 from pagedkv.models import ModelRunner
 from pagedkv.testing.models import randomised, tiny_config, tiny_model
@@ -77,21 +78,84 @@ def test_tokens_equal_generate_alone_beside_others_with_prefix_hits_and_after_pr
         assert llm.statistics().cache.num_hit_tokens > 0
 
 
+@pytest.mark.parametrize(("name", "tier"), [("phi3 longrope", "packed"), ("llama longrope", "packed"), ("llama longrope", "dense")])
+def test_long_prompts_and_short_ones_share_steps_each_at_its_own_frequencies(name: str, tier: Any) -> None:
+    model, switch = hazard(name)
+    generator = torch.Generator().manual_seed(2)
+    trunk = torch.randint(3, 97, (60,), generator=generator).tolist()
+    prompts = [trunk[:length] for length in (switch + 1, 50, 12, switch, 40, 5, 23, 58)]
+    params = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
+    room = [(64 if len(prompt) > switch else switch + 1) - len(prompt) for prompt in prompts]
+    wanted = [alone(model, prompt, min(14, most)) for prompt, most in zip(prompts, room, strict=True)]
+    with LLM(model, block_size=4, num_blocks=30, max_num_batched_tokens=16, tier=tier, check="audit") as llm:
+        assert (llm.runner.max_positions, llm.runner.far_positions) == (switch, 64)
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            for prompt, output, tokens in zip(prompts, outputs, wanted, strict=True):
+                assert list(output.outputs[0].token_ids) == tokens, f"{name}, prompt of {len(prompt)}"
+                assert output.outputs[0].finish_reason == "length"
+        assert llm.statistics().num_preemptions > 0
+        hits = {len(output.prompt_token_ids): output.num_cached_tokens for output in outputs}
+        assert hits[58] > 0, "long prompts share with long ones"
+        assert hits[23] > 0, "and short ones with short ones"
+        assert llm.engine.purge_cache() > 0
+        (output,) = llm.generate([trunk[:40]], params, use_tqdm=False)
+        assert output.num_cached_tokens == 0
+
+
+def test_hidden_states_and_embeddings_of_long_prompts_are_those_alone() -> None:
+    model, switch = hazard("llama longrope")
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(3, 97, (switch + 9,), generator=generator)
+    embeds = model.get_input_embeddings()(prompt).detach()
+    given: Any = [prompt.tolist(), {"prompt_embeds": embeds}, prompt[:switch].tolist()]
+    with LLM(model, block_size=4, num_blocks=64, max_num_batched_tokens=11) as llm:
+        found = llm.embed(given, PoolingParams("all"), use_tqdm=False)
+    for output, length in zip(found, (switch + 9, switch + 9, switch), strict=True):
+        with torch.no_grad():
+            states = model.model(input_ids=prompt[None, :length]).last_hidden_state[0]
+        assert output.outputs is not None
+        assert torch.allclose(torch.from_numpy(output.outputs.embedding.copy()), states, atol=1e-4)
+
+
+def test_short_prompt_that_would_grow_past_the_switch_ends_there_and_says_why() -> None:
+    model, switch = hazard("phi3 longrope")
+    with LLM(model, block_size=4, num_blocks=64) as llm:
+        llm.engine.add_request("short", [5] * 20, SamplingParams(ignore_eos=True, max_tokens=30))
+        assert f"ends at {switch + 1} tokens: the config states 64 positions" in llm.engine.explain("short")
+        llm.engine.add_request("long", [5] * 30, SamplingParams(ignore_eos=True, max_tokens=30))
+        assert "ends at" not in llm.engine.explain("long")
+
+
+def test_frequencies_that_keep_changing_have_no_second_kind() -> None:
+    arguments = {**BASE, "max_position_embeddings": SWITCH}
+    model = randomised(AutoConfig.for_model("llama", **arguments, rope_parameters=DYNAMIC))
+    model.model.rotary_emb.config = copy.deepcopy(model.config)  # which goes on at 24, and scales with every further token
+    model.config.max_position_embeddings = 64
+    runner = ModelRunner(model, block_size=4)
+    assert (runner.max_positions, runner.far_positions) == (SWITCH, None)
+    with LLM(model, block_size=4) as llm, pytest.raises(InvalidRequestError, match=r"24 tokens.*dynamic.*neighbours"):
+        llm.generate([[5] * 24], use_tqdm=False)
+
+
 @pytest.mark.parametrize("name", ["phi3 longrope", "llama longrope"])
-def test_longest_sequence_ends_where_the_frequencies_switch_and_the_reason_is_said(name: str) -> None:
+def test_limits_are_said_with_their_reason(name: str) -> None:
     model, reach = hazard(name)
     runner = ModelRunner(model, block_size=4)
     assert runner.max_positions == reach == SWITCH
     assert runner.max_positions_reason is not None
     assert "64 positions" in runner.max_positions_reason
     assert "'longrope'" in runner.max_positions_reason
-    with pytest.raises(ConfigError, match=r"max_model_len is 25, 24 positions of this model are served: .*longrope.*neighbours"):
-        LLM(model, block_size=4, max_model_len=25)
-    with LLM(model, block_size=4) as llm, pytest.raises(InvalidRequestError, match=r"24 tokens.*longrope.*neighbours"):
-        llm.generate([[5] * 24], use_tqdm=False)
+    with pytest.raises(ConfigError, match=r"max_model_len is 65, the model has 64 positions"):
+        LLM(model, block_size=4, max_model_len=65)
     with LLM(model, block_size=4, max_model_len=16) as llm, pytest.raises(InvalidRequestError) as caught:
         llm.generate([[5] * 24], use_tqdm=False)
     assert "longrope" not in str(caught.value)
+    with (
+        LLM(model, block_size=4, max_model_len=SWITCH) as llm,
+        pytest.raises(InvalidRequestError, match=r"24 tokens.*longrope.*neighbours"),
+    ):
+        llm.generate([[5] * 24], use_tqdm=False)
 
 
 def test_a_step_leaves_the_frequencies_of_a_longer_ordinary_forward_as_they_were() -> None:
