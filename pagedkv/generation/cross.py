@@ -15,7 +15,8 @@ from torch import Tensor
 from pagedkv.core import CheckLevel, KVCacheManager
 from pagedkv.errors import InvalidRequestError
 from pagedkv.generation.dense import ColumnReader, DenseForward
-from pagedkv.generation.rows import Growth, NewColumns, Rows
+from pagedkv.generation.growth import Growth, NewColumns
+from pagedkv.generation.rows import Rows
 from pagedkv.plan import Int64Array
 from pagedkv.storage import KVStorage, LayerSpec
 

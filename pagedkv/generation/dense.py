@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagedkv.core import KVCacheManager
 from pagedkv.errors import InvalidRequestError, UnsupportedModelError
-from pagedkv.generation.rows import Growth
+from pagedkv.generation.growth import Growth
 from pagedkv.plan import Int64Array
 from pagedkv.storage import LayerPool
 

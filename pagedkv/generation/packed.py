@@ -16,7 +16,8 @@ from torch import Tensor
 from pagedkv.core import KVCacheManager
 from pagedkv.errors import StepError
 from pagedkv.generation.call import ForwardCall, ForwardReader
-from pagedkv.generation.rows import Growth, Rows
+from pagedkv.generation.growth import Growth
+from pagedkv.generation.rows import Rows
 from pagedkv.models import ModelRunner
 from pagedkv.models.call import logits_of
 from pagedkv.plan import Int64Array, StepPlan

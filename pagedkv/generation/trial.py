@@ -1,6 +1,6 @@
-"""Tries a model before it is served: what its layers store, and whether it computes the same over blocks as over transformers' cache.
+"""Tries a model before it is served: what its layers store, and what it computes over transformers' own cache.
 
-Owns the tokens of the trial and its bound. The reference is transformers' own dynamic cache, never code of ours.
+Owns the tokens of the trial. Whether it computes the same over blocks is found out in ``comparison.py``.
 """
 
 from __future__ import annotations
@@ -8,28 +8,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from pagedkv.errors import ConfigError, UnsupportedModelError
-from pagedkv.generation.cache import PagedCache
-from pagedkv.generation.encoder_decoder import PagedEncoderDecoderCache
+from pagedkv.errors import UnsupportedModelError
 from pagedkv.generation.states import keeps_states
 from pagedkv.models.call import ModelCall, logits_of
 from pagedkv.models.limits import num_token_ids
 from pagedkv.storage import LayerSpec
 
-if TYPE_CHECKING:
-    from pagedkv.generation.pool import CachePool
-
 _SEED = 20261129
 _PADDING = (0, 3, 1)  # columns of padding before each of the rows
 _CHUNKS = (6, 5, 1, 1)  # columns of each forward
-_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-3}
-_HALF_BOUND = 5e-2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +59,7 @@ def run_reference(model: PreTrainedModel) -> Reference:
     paired = bool(model.config.is_encoder_decoder)
     cache, cross = DynamicCache() if paired else DynamicCache(config=config), DynamicCache()
     try:
-        logits = _run(model, EncoderDecoderCache(cache, cross) if paired else cache)
+        logits = run_trial(model, EncoderDecoderCache(cache, cross) if paired else cache)
     except Exception as error:  # whatever a model raises, it cannot be tried
         raise UnsupportedModelError(f"{name} failed over transformers' own cache: {type(error).__name__}: {error}") from error
     found, found_cross = _tensors(cache), _tensors(cross)
@@ -103,32 +96,6 @@ def trial_blocks(block_size: int) -> int:
     return 1 + len(_PADDING) * -(-sum(_CHUNKS) // block_size)
 
 
-def compare(pool: CachePool, reference: Reference) -> None:
-    """Run the same tokens over blocks, which hold NaN until they are written.
-
-    Raises:
-        UnsupportedModelError: the logits are others.
-    """
-    name = type(pool.model).__name__
-    pool.fill_free_blocks(float("nan"))
-    with PagedEncoderDecoderCache(pool) if pool.num_cross_layers else PagedCache(pool) as cache:
-        try:
-            logits = _run(pool.model, cache)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(f"{name} failed over a paged cache: {type(error).__name__}: {error}") from error
-    bound = _BOUNDS.get(reference.dtype, _HALF_BOUND)
-    for step, (ours, own) in enumerate(zip(logits, reference.logits, strict=True)):
-        finite = own.isfinite()
-        worst = float((ours - own).masked_fill(~finite, 0.0).abs().max() / own[finite].abs().max().clamp_min(1e-30))
-        if not worst <= bound or not torch.equal(ours[~finite], own[~finite]):
-            raise UnsupportedModelError(
-                f"{name} computes other logits over blocks than over transformers' cache: forward {step} differs by {worst:.2g} of the "
-                f"largest (allowed {bound:.0e})"
-            )
-
-
 def _check(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel (an unwrapped one is needed)")
@@ -149,7 +116,7 @@ def _check(model: object) -> None:
         raise UnsupportedModelError(f"{name} has a cache class of its own, and cannot run over another")
 
 
-def _run(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
+def run_trial(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
     """The last logits ``[R, V]`` of each forward, of random tokens."""
     return _run_both(model, cache) if model.config.is_encoder_decoder else _run_decoder(model, cache)
 
