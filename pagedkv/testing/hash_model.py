@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.core import Window
 from pagedkv.errors import InvalidRequestError
 from pagedkv.plan import Int32Array, Int64Array, StepPlan
 
@@ -48,8 +49,24 @@ def next_candidates(history: _UInt64Array, vocab_size: int) -> list[int]:
     return [int(token) for token in found]
 
 
-def continuation(prompt: Sequence[int], max_tokens: int, *, vocab_size: int, namespace: int = 0) -> list[int]:
-    """The greedy tokens behind a prompt by the prompt alone: no blocks, no tables.
+def first_seen(window: Window | None, position: int) -> int:
+    """The first position that one sees through a window."""
+    if window is None:
+        return 0
+    return max(position - window.size + 1, 0) if window.kind == "sliding" else position - position % window.size
+
+
+def continuation(
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    vocab_size: int,
+    namespace: int = 0,
+    windows: Sequence[Window | None] = (None,),
+    stops: Sequence[int] = (),
+    min_tokens: int = 0,
+) -> list[int]:
+    """The greedy tokens behind a prompt by the prompt alone, no blocks, no tables; none of the first ``min_tokens`` is one of the stops.
 
     >>> continuation([1, 2, 3], 4, vocab_size=61) == continuation([1, 2, 3], 4, vocab_size=61)
     True
@@ -57,33 +74,35 @@ def continuation(prompt: Sequence[int], max_tokens: int, *, vocab_size: int, nam
     False
     """
     tokens = list(prompt)
-    for _ in range(max_tokens):
+    for count in range(max_tokens):
         known = np.array(tokens, dtype=np.int64)
         history = stamps(np.full(len(known), namespace), np.arange(len(known)), known)
-        tokens.append(next_candidates(history, vocab_size)[0])
+        seen = np.concatenate([history[first_seen(window, len(known) - 1) :] for window in windows])
+        banned = stops if count < min_tokens else ()
+        tokens.append(next(token for token in (*next_candidates(seen, vocab_size), *range(vocab_size)) if token not in banned))
     return tokens[len(prompt) :]
 
 
 class HashStorage:
-    """One stamp a slot, ``[num_blocks, block_size]``; fresh and filled blocks hold what no token has for a stamp."""
+    """One stamp a slot, for each layer group ``[num_blocks, block_size]``; fresh and filled blocks hold what no token has for a stamp."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: Sequence[int], block_size: int) -> None:
         self.state: None = None  # stamps are all there is
-        self.slots: _UInt64Array = np.full((num_blocks, block_size), _POISON, dtype=np.uint64)
+        self.slots: list[_UInt64Array] = [np.full((count, block_size), _POISON, dtype=np.uint64) for count in num_blocks]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stamps."""
-        return self.slots.nbytes
+        return sum(slots.nbytes for slots in self.slots)
 
     def copy_blocks(self, copies: Sequence[Int32Array]) -> None:
-        """As ``KVStorage.copy_blocks``, for one layer group."""
-        (pairs,) = copies
-        self.slots[pairs[:, 1]] = self.slots[pairs[:, 0]]
+        """As ``KVStorage.copy_blocks``."""
+        for slots, pairs in zip(self.slots, copies, strict=True):
+            slots[pairs[:, 1]] = slots[pairs[:, 0]]
 
     def fill(self, block_ids: Sequence[int] | Int32Array, value: float, *, group: int = 0) -> None:
         """Make whole blocks unreadable, whatever the value."""
-        self.slots[np.asarray(block_ids, dtype=np.int64)] = _POISON
+        self.slots[group][np.asarray(block_ids, dtype=np.int64)] = _POISON
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -99,6 +118,7 @@ class HashModel:
         vocab_size: token ids; many make it likely that a wrong history shows at once.
         max_positions: longest sequence.
         namespaces_of: ``[S]`` int64 namespace numbers of a plan's sequences; all 0 when not given.
+        windows: how far back each of its layer groups looks; the first one always sees everything.
 
     Raises:
         InvalidRequestError: a vocabulary or a length that stamps do not cover.
@@ -111,6 +131,7 @@ class HashModel:
         vocab_size: int = 61,
         max_positions: int = 4096,
         namespaces_of: Callable[[StepPlan], Int64Array] | None = None,
+        windows: Sequence[Window | None] = (None,),
     ) -> None:
         if not 1 <= vocab_size <= 2**16 or not 1 <= max_positions < _FIELD:
             raise InvalidRequestError(
@@ -123,14 +144,14 @@ class HashModel:
         self.far_positions: int | None = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.recurrent_state = "none"
-        self.windows = (None,)  # one layer group, which keeps everything
-        self.group_nbytes = (8 * block_size,)
+        self.windows = tuple(windows)
+        self.group_nbytes = (8 * block_size,) * len(self.windows)
         self.device = "cpu"
         self.namespaces_of = namespaces_of
 
-    def new_storage(self, num_blocks: int, *, num_rows: int | None = None) -> HashStorage:
-        """Stamps for so many blocks."""
-        return HashStorage(num_blocks, self.block_size)
+    def new_storage(self, num_blocks: int | Sequence[int], *, num_rows: int | None = None) -> HashStorage:
+        """Stamps for so many blocks, in each group or of each group."""
+        return HashStorage([num_blocks] * len(self.windows) if isinstance(num_blocks, int) else num_blocks, self.block_size)
 
     def altered(self) -> bool:
         """Never."""
@@ -140,7 +161,8 @@ class HashModel:
         """Stamp the step's tokens into their slots; ``O(T)``."""
         names = np.zeros(plan.num_seqs, dtype=np.int64) if self.namespaces_of is None else self.namespaces_of(plan)
         owners = np.repeat(names, plan.query_lens)
-        storage.slots.reshape(-1)[plan.slot_mapping[0]] = stamps(owners, plan.positions, plan.token_ids)
+        for slots, places in zip(storage.slots, plan.slot_mapping, strict=True):
+            slots.reshape(-1)[places] = stamps(owners, plan.positions, plan.token_ids)
 
     def candidates(self, plan: StepPlan, storage: HashStorage) -> list[list[int]]:
         """For each wanted logit the candidates by the history up to its token, read through the block tables; ``O(history)`` each."""
@@ -150,8 +172,12 @@ class HashModel:
         for token in plan.logits_indices.tolist():
             seq = int(owners[token])
             length = int(plan.seq_lens[seq]) - (int(ends[token]) - 1 - token)
-            table = plan.block_tables[0, plan.rows[seq], : -(-length // self.block_size)]
-            found.append(next_candidates(storage.slots[table].reshape(-1)[:length], self.vocab_size))
+            tables = plan.block_tables[:, plan.rows[seq], : -(-length // self.block_size)]
+            seen = [
+                slots[table].reshape(-1)[first_seen(window, length - 1) : length]
+                for slots, table, window in zip(storage.slots, tables, self.windows, strict=True)
+            ]
+            found.append(next_candidates(np.concatenate(seen), self.vocab_size))
         return found
 
     def forward(self, batch: StepBatch, storage: HashStorage) -> torch.Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from pagedkv.core import Window
 from pagedkv.engine import EngineConfig
 from pagedkv.prompts import PromptDict
 from pagedkv.sampling import SamplingParams
@@ -60,15 +61,17 @@ class SimulationSetting:
     span: float
     with_preemptions: bool
     greedy: bool
+    windows: tuple[Window, ...]  # of layer groups beside the one that keeps everything
+    window_blocks: tuple[int, ...]  # of their pools, the null block included
 
     @staticmethod
     def draw(
         rng: random.Random, *, num_blocks: int | None = None, block_size: int | None = None, greedy: bool = False
     ) -> SimulationSetting:
-        """Sizes at the edge of what can run; what is given is kept."""
+        """Sizes at the edge of what can run; what is given is kept. ``greedy`` is for real models, which have windows of their own."""
         size = rng.choice([1, 2, 4]) if block_size is None else block_size
         usual = 1 + -(-rng.choice([rng.randint(4, 24), rng.randint(24, 60), rng.randint(40, 120)]) // size)
-        return SimulationSetting(
+        setting = SimulationSetting(
             num_blocks=usual if num_blocks is None else num_blocks,
             block_size=size,
             max_num_seqs=rng.randint(1, 6),
@@ -80,7 +83,15 @@ class SimulationSetting:
             span=rng.choice([1.0, 10.0, 60.0]),
             with_preemptions=rng.random() < 0.4,
             greedy=greedy,
+            windows=(),
+            window_blocks=(),
         )
+        if greedy or rng.random() < 0.7:
+            return setting
+        windows = tuple(rng.choice([Window.sliding, Window.chunked])(rng.randint(1, 12)) for _ in range(rng.randint(1, 2)))
+        # The null block, and what one sequence reads and writes, at least.
+        blocks = tuple(1 + window.most_blocks(size) + rng.choice([0, 1, 4, 20]) for window in windows)
+        return replace(setting, windows=windows, window_blocks=blocks)
 
     @property
     def capacity(self) -> int:
@@ -90,7 +101,7 @@ class SimulationSetting:
     def engine_config(self) -> EngineConfig:
         """The same as the engine takes it."""
         return EngineConfig(
-            num_blocks=self.num_blocks,
+            num_blocks=[self.num_blocks, *self.window_blocks] if self.windows else self.num_blocks,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
@@ -112,6 +123,7 @@ class Job:
     salt: int
     drawn: bool  # at random from the request's own seed, so that its continuations part; greedy otherwise
     prompt_logits: bool
+    min_tokens: int
 
     def as_prompt(self) -> PromptDict:
         """As the engine takes it."""
@@ -124,6 +136,7 @@ class Job:
             temperature=1.0 if self.drawn else 0.0,
             seed=len(self.prompt),
             max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
             stop_token_ids=list(self.stops) if stops else [],
             ignore_eos=True,
             n=self.n,
@@ -133,7 +146,7 @@ class Job:
     def until_stop(self, tokens: Sequence[int]) -> list[int]:
         """Those of its tokens that come before it stops, the stop included."""
         for count, token in enumerate(tokens, start=1):
-            if token in self.stops:
+            if token in self.stops and count >= self.min_tokens:
                 return list(tokens[:count])
         return list(tokens)
 
@@ -149,7 +162,7 @@ def draw_job(rng: random.Random, setting: SimulationSetting, name: str, known: S
     start = rng.choice(known) if known and rng.random() < 0.6 else ()
     fresh = [_FIRST_TOKEN + rng.randrange(_SMALL_VOCABULARY) for _ in range(rng.randint(1, 4 * size))]
     prompt = (*start[: rng.randint(0, min(len(start), 40))], *fresh)
-    return Job(
+    job = Job(
         name=name,
         prompt=prompt,
         max_tokens=rng.randint(1, 5 * size + 2),
@@ -159,4 +172,8 @@ def draw_job(rng: random.Random, setting: SimulationSetting, name: str, known: S
         salt=rng.choice([0, 0, 1]),
         drawn=not setting.greedy and rng.random() < 0.5,
         prompt_logits=rng.random() < 0.1,
+        min_tokens=0,
     )
+    if setting.greedy or not job.stops or rng.random() < 0.7:
+        return job
+    return replace(job, min_tokens=rng.randint(1, job.max_tokens))

@@ -83,8 +83,9 @@ class SimulatedRunner:
     def _spoil(self, plan: StepPlan, storage: KVStorage, logits: torch.Tensor) -> None:
         seq = int(plan.sampling_seqs[0])
         logits[int(plan.sampling_logits[0])] = float("nan")
-        written = plan.slot_mapping[0, int(plan.cu_seqlens_q[seq]) : int(plan.cu_seqlens_q[seq + 1])] // self.block_size
-        storage.fill(np.unique(written), float("nan"))
+        for group, slots in enumerate(plan.slot_mapping):
+            written = slots[int(plan.cu_seqlens_q[seq]) : int(plan.cu_seqlens_q[seq + 1])] // self.block_size
+            storage.fill(np.unique(written), float("nan"), group=group)
         self.num_spoilt += 1
 
     def _namespaces(self, plan: StepPlan) -> Int64Array:

@@ -83,7 +83,9 @@ def simulate_life(
     setting = SimulationSetting.draw(random.Random(life.seed), num_blocks=life.num_blocks, block_size=size, greedy=runner is not None)
     if runner is None:
         # The engine asks no more of a runner than what the hash model has.
-        runner = cast("ModelRunner", HashModel(block_size=setting.block_size, max_positions=setting.max_model_len))
+        runner = cast(
+            "ModelRunner", HashModel(block_size=setting.block_size, max_positions=setting.max_model_len, windows=(None, *setting.windows))
+        )
     return _Simulation(life, setting, runner, oracle or _HashOracle(setting), watch).noted()
 
 
@@ -94,12 +96,22 @@ class _HashOracle:
         self._setting = setting
 
     def __call__(self, job: Job) -> list[list[int]]:
-        model = HashModel(block_size=16, max_positions=self._setting.max_model_len)
+        model = HashModel(block_size=16, max_positions=self._setting.max_model_len, windows=(None, *self._setting.windows))
         if not job.drawn:
-            return [continuation(job.prompt, job.max_tokens, vocab_size=model.vocab_size, namespace=job.salt)] * job.n
+            tokens = continuation(
+                job.prompt,
+                job.max_tokens,
+                vocab_size=model.vocab_size,
+                namespace=job.salt,
+                windows=model.windows,
+                stops=job.stops,
+                min_tokens=job.min_tokens,
+            )
+            return [tokens] * job.n
         alone = SimulatedRunner(cast("ModelRunner", model), lambda _: job.salt)
         engine = Engine(cast("ModelRunner", alone), EngineConfig(num_blocks=256, enable_prefix_caching=False))
-        engine.add_request("alone", list(job.prompt), job.params(stops=False))
+        # A token that would stop it is not drawn before ``min_tokens``.
+        engine.add_request("alone", list(job.prompt), job.params(stops=job.min_tokens > 0))
         outputs: list[RequestOutput] = []
         while engine.has_unfinished:
             outputs += engine.step()

@@ -176,7 +176,7 @@ def test_stress_junit_that_cannot_be_written_does_not_hide_a_violation(
 
 @pytest.mark.parametrize("model", ["hash", "tiny"])
 def test_stress_engine_with_faults_keeps_every_promise(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    assert main(["stress", "--model", model, "--ops", "20", "--seed", "1", "--faults", "--json"]) == 0
+    assert main(["stress", "--model", model, "--ops", "60", "--seed", "1", "--faults", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["phase"] == model
     assert report["faults"] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from planting import Plant, changed
 
-from pagedkv.core import KVCacheManager
+from pagedkv.core import KVCacheManager, Window
 from pagedkv.engine import Engine
 from pagedkv.plan import Int32Array, Int64Array, StepPlan
+from pagedkv.sampling import Sampler, SamplingParams
 from pagedkv.scheduling import Assignment, Branch, Scheduler
 from pagedkv.scheduling.admission import Admission
 from pagedkv.scheduling.planning import PlanBuilder
@@ -159,6 +160,18 @@ def overlook_ends(right: Callable[..., bool], steady: SteadyRows, token_ids: Int
     return True
 
 
+def forget_min_tokens(right: Callable[..., None], sampler: Sampler, row: int, params: SamplingParams, **options: object) -> None:
+    right(sampler, row, replace(params, min_tokens=0), **options)
+
+
+def retire_a_block_too_many(right: Callable[..., Int32Array], window: Window, num_full: Int32Array, block_size: int) -> Int32Array:
+    return right(window, num_full + 1, block_size)
+
+
+def copy_in_the_first_group_only(right: Callable[..., None], storage: HashStorage, copies: Sequence[Int32Array]) -> None:
+    right(storage, [copies[0], *(pairs[:0] for pairs in copies[1:])])
+
+
 BUGS: Mapping[str, Plant] = {
     "what a step without logits computed is found": publish_what_has_no_token,
     "copies are planned and not made": changed(HashStorage, "copy_blocks", lambda right, *_: None),
@@ -186,6 +199,9 @@ BUGS: Mapping[str, Plant] = {
     "max_tokens is off by one": changed(RunningSet, "add", stop_one_token_late),
     "a trunk computes the token that its forks should": changed(RunningSet, "add", compute_the_trunks_last_token),
     "who waits for a prefix is never woken": changed(WaitingQueue, "wake", lambda right, *_: None),
+    "a windowed group lets go of a block too early": changed(Window, "num_dead_blocks", retire_a_block_too_many),
+    "blocks are copied in the first group only": changed(HashStorage, "copy_blocks", copy_in_the_first_group_only),
+    "the sampler does not know min_tokens": changed(Sampler, "add", forget_min_tokens),
     "rows are not asked for on admission": changed(Admission, "_has_room", lambda right, *_: True),
 }
 
