@@ -78,10 +78,12 @@ class ModelCall:
             logits = logits_of(self.model(input_ids=token_ids, **arguments))
             return logits if self._keeps else logits[:, columns]
 
-    def plain(self, token_ids: Tensor) -> Tensor:
-        """Logits ``[T, V]`` of one sequence by the model's own forward, without any cache."""
+    def plain(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits ``[T, V]`` of one sequence by the model's own forward, without any cache; positions are its own choice, or given."""
         with torch.no_grad():
-            arguments = {"use_cache": False} if self._use_cache else {}
+            arguments: dict[str, Any] = {"use_cache": False} if self._use_cache else {}
+            if positions is not None:
+                arguments["position_ids"] = positions[None]
             return logits_of(self.model(input_ids=token_ids[None], **arguments))[0]
 
 

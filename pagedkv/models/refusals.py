@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel, unwrapped
+from pagedkv.models.call import ModelCall
 
 # Short probes do not reach the cases in which these are wrong, so they are named.
 _DENIED = {
@@ -60,10 +62,27 @@ def refusal(model: PreTrainedModel, reasons: Mapping[str, str]) -> UnsupportedMo
         causes.append(f" It keeps state on its modules, which belongs to no sequence: {', '.join(kept)}.")
     if own := _own_cache_layers(model):
         causes.append(f" Its layers keep more than K/V, in cache layers of their own: {', '.join(own)}.")
+    if _disagrees_on_positions(model):
+        causes.append(" With position_ids 0, 1, ..., which generate() gives it, its own forward computes other logits than without.")
     if len(set(reasons.values())) == 1 and not causes:
         return UnsupportedModelError(next(iter(reasons.values())))
     each = "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
     return UnsupportedModelError(f"{type(model).__name__} cannot be run exactly in any way.{''.join(causes)} {each}")
+
+
+def _disagrees_on_positions(model: PreTrainedModel) -> bool:
+    """Whether a model counts positions in a way of its own, unless they are given: then transformers has two answers."""
+    if model.device.type == "meta":
+        return False
+    tokens = torch.arange(5, 10, device=model.device)
+    try:
+        call = ModelCall(model)
+        if not call.takes_positions:
+            return False
+        own, given = call.plain(tokens).float(), call.plain(tokens, tokens - 5).float()
+        return not torch.allclose(own, given, rtol=1e-2, atol=1e-2, equal_nan=True)
+    except Exception:  # whatever a model raises, this is not what is wrong with it
+        return False
 
 
 def _kept_on_modules(model: PreTrainedModel) -> list[str]:

@@ -41,6 +41,12 @@ def test_model_that_cannot_be_run_exactly_is_refused_with_its_reason(model_type:
         plan_memory(AutoConfig.for_model(model_type, **arguments))
 
 
+def test_model_that_counts_positions_its_own_way_is_refused_because_transformers_has_two_answers() -> None:
+    model = randomised(AutoConfig.for_model("roberta", **{**BASE, "is_decoder": True}))
+    with pytest.raises(UnsupportedModelError, match=r"With position_ids 0, 1, \.\.\., which generate\(\) gives it"):
+        ModelRunner(model, block_size=4)
+
+
 def test_objects_that_are_no_causal_language_model_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="not a transformers PreTrainedModel"):
         ModelRunner(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
