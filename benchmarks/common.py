@@ -153,6 +153,11 @@ class Report:
         self._say("", f"## {title}", "", _line(columns, widths), rule, *(_line(row, widths) for row in cells))
         self._content["tables"].append({"title": title, "columns": list(columns), "rows": cells})
 
+    def listing(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
+        """Print names with a sentence or more on each, too long for a table."""
+        self._say("", f"## {title}", "", *(f"- {name}: {text}" for name, text in entries))
+        self._content["tables"].append({"title": title, "columns": ["", ""], "rows": [list(entry) for entry in entries]})
+
     def figure(self, name: str, value: Figure) -> None:
         """Keep one figure, unrounded, or the figures of each round, under a name for the JSON file."""
         self._content["figures"][name] = asdict(value) if isinstance(value, Spread) else value

@@ -116,40 +116,39 @@ def collect(calls: Mapping[str, tuple[object, ...]], trial: Trial, options: Name
 def write(report: Report, ours: Verdicts, rivals: Mapping[str, Verdicts], seq2seq: Verdicts) -> None:
     columns = {"pagedkv": ours, **{f"continuous batching, {name}": verdicts for name, verdicts in rivals.items()}}
     counts = {who: Counter(verdict.kind for verdict in verdicts.values()) for who, verdicts in columns.items()}
+    report.figure("architectures tried", len(ours))
     report.table("Decoders", ["", *columns], [[kind, *(counts[who][kind] for who in columns)] for kind in KINDS])
-    for who, count in counts.items():
+    for who, verdicts in columns.items():
         for kind in KINDS:
-            report.figure(f"{who}, {kind}", count[kind])
+            report.figure(f"{who}, {kind}", counts[who][kind])
+        for name, verdict in verdicts.items():
+            report.figure(f"{who}: {name}", f"{_cell(verdict)}: {without_paths(verdict.detail)}" if verdict.detail else _cell(verdict))
     tiers = Counter(verdict.tier for verdict in ours.values() if verdict.kind == RIGHT)
     report.table("Right ones by tier", ["tier", "architectures"], sorted(tiers.items()))
-    report.figure("architectures tried", len(ours))
-    rows = [[name, _cell(verdict), *(_cell(found.get(name)) for found in rivals.values())] for name, verdict in ours.items()]
+    rows = [[name, *(_cell(verdicts.get(name)) for verdicts in columns.values())] for name in ours]
     report.table("Each decoder", ["architecture", *columns], rows)
-    mixes = [(name, mix) for name, verdict in ours.items() if verdict.kind == RIGHT for mix in verdict.mixes]
-    report.table(
-        "What the right ones went through",
-        ["mix", "outputs compared", "preemptions", "tokens from prefix hits", "architectures with it"],
-        [
-            [
-                name,
-                sum(mix.num_outputs for _, mix in mixes if mix.name == name),
-                sum(mix.num_preemptions for _, mix in mixes if mix.name == name),
-                sum(mix.num_cached_tokens for _, mix in mixes if mix.name == name),
-                sum(mix.name == name for _, mix in mixes),
-            ]
-            for name in dict.fromkeys(mix.name for _, mix in mixes)
-        ],
-    )
-    report.table(
-        "Not right, and why",
-        ["architecture", "verdict", "reason"],
-        [[name, verdict.kind, without_paths(verdict.detail)] for name, verdict in ours.items() if verdict.kind != RIGHT],
-    )
-    report.table(
-        "Encoder-decoders",
-        ["architecture", "verdict", "reason"],
-        [[name, verdict.kind, without_paths(verdict.detail)] for name, verdict in seq2seq.items()],
-    )
+    write_mixes(report, ours)
+    if reasons(ours):
+        report.listing("Not right, and why", reasons(ours))
+    report.table("Encoder-decoders, and decoders that hear", ["", "pagedkv"], [[name, _cell(verdict)] for name, verdict in seq2seq.items()])
+    if reasons(seq2seq):
+        report.listing("Not right among them, and why", reasons(seq2seq))
+
+
+def write_mixes(report: Report, ours: Verdicts) -> None:
+    """How much of each mix there was, so that nobody is right by having been asked nothing."""
+    columns = ["mix", "architectures", "outputs compared", "preemptions", "tokens from prefix hits", "largest error of a logprob"]
+    rows: list[list[object]] = []
+    right = [verdict.mixes for verdict in ours.values() if verdict.kind == RIGHT]
+    for mixes in zip(*right, strict=True):
+        outputs, preemptions = sum(mix.num_outputs for mix in mixes), sum(mix.num_preemptions for mix in mixes)
+        cached, worst = sum(mix.num_cached_tokens for mix in mixes), max(mix.max_logprob_error for mix in mixes)
+        rows.append([mixes[0].name, len(mixes), outputs, preemptions, cached, f"{worst:.1e}"])
+    report.table("What the right ones went through", columns, rows)
+
+
+def reasons(verdicts: Verdicts) -> list[tuple[str, str]]:
+    return [(name, f"{each.kind}: {without_paths(each.detail)}") for name, each in verdicts.items() if each.kind != RIGHT]
 
 
 def _cell(verdict: Verdict | None) -> str:
