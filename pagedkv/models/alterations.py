@@ -6,15 +6,16 @@ Owns the look: modules, hooks, switches of adapters, parameters. What it cannot 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({dict, list, tuple, set})
 _FEW = 16  # members of a container that is compared, numbers of a parameter
-_NOT_SETTINGS = frozenset({"training"})
+_NOT_SETTINGS = frozenset(vars(nn.Module()))  # what every module has: hooks, children and parameters are looked at by themselves
 
 _ModuleLook = tuple[str, "weakref.ref[nn.Module]", tuple[object, ...], tuple[tuple[str, object], ...]]
 
@@ -67,10 +68,12 @@ def _look(model: nn.Module) -> tuple[list[_ModuleLook], dict[str, _TensorLook]]:
         for name, module in model.named_modules():
             hooks = (*module._forward_hooks, *module._forward_pre_hooks, id(vars(module).get("forward")))
             modules.append((name, weakref.ref(module), hooks, tuple(_settings(module))))
-            saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
-            for key, tensor in {**module._parameters, **saved}.items():
+            for key, tensor in module._parameters.items():
                 if tensor is not None:
                     tensors[f"{name}.{key}"] = _TensorLook(tensor)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and key not in module._non_persistent_buffers_set:
+                    tensors[f"{name}.{key}"] = _TensorLook(buffer)
     return modules, tensors
 
 
@@ -78,11 +81,12 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, object]]:
     for key, value in vars(module).items():
         if key in _NOT_SETTINGS:
             continue
-        if isinstance(value, _SIMPLE):
+        kind = type(value)
+        if kind in _SIMPLE:
             yield key, value
-        elif isinstance(value, Mapping | list | tuple | set) and 0 < len(value) <= _FEW:
-            members: list[Any] = [*value, *value.values()] if isinstance(value, Mapping) else list(value)
-            if all(isinstance(member, _SIMPLE) for member in members):
+        elif kind in _CONTAINERS and 0 < len(value) <= _FEW:
+            members: list[Any] = [*value, *value.values()] if kind is dict else list(value)
+            if all(type(member) in _SIMPLE for member in members):
                 yield key, repr(value)
 
 
