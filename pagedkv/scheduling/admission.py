@@ -95,12 +95,18 @@ class Admission:
             self._margin = available - running.outstanding_blocks(needs)
         lacking = needed + self._watermark - self._margin
         if lacking.max() > 0:
-            self._note_wait(branch, step, WaitReason.BLOCKS, needed, available, lacking)
+            group = int(lacking.argmax())
+            branch.record.note(
+                EventKind.WAITING, step, reason=WaitReason.BLOCKS, needed=int(needed[group]), available=int(available[group])
+            )
             return False
         if self._must_be_sure(branch):
             worst = self.worst_case(branch.request, branch.width) - held + running.worst_case_blocks(needs)
             if (worst > available).any():
-                self._note_wait(branch, step, WaitReason.RESERVED, worst, available, worst - available)
+                group = int((worst - available).argmax())
+                branch.record.note(
+                    EventKind.WAITING, step, reason=WaitReason.RESERVED, needed=int(worst[group]), available=int(available[group])
+                )
                 return False
         # What is admitted leaves the margin by what it needs, so that many admissions in a step do not each sum up all that runs.
         self._margin = None if branch.is_trunk else self._margin - needed
@@ -113,13 +119,6 @@ class Admission:
         total = shared + width * (-(-(prompt + request.max_tokens - 1) // size) - shared)
         worst: Int64Array = np.minimum(total, width * self._needs.most[:, 0])
         return worst
-
-    def _note_wait(
-        self, branch: Branch, step: int, reason: WaitReason, needed: Int64Array, available: Int64Array, lacking: Int64Array
-    ) -> None:
-        """Note why a branch waits, by the numbers of the group that lacks most."""
-        group = int(lacking.argmax())
-        branch.record.note(EventKind.WAITING, step, reason=reason, needed=int(needed[group]), available=int(available[group]))
 
     def _must_be_sure(self, branch: Branch) -> bool:
         """Whether all that runs has to fit to its end: this branch, or one that runs, was preempted as often as may be."""
