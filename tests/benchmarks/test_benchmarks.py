@@ -46,6 +46,12 @@ def test_load_quick_run_times_every_way_in_both_precisions(tmp_path: Path) -> No
             need(figures, f"{dtype}, {tier}, probe and self-check, s", f"{dtype}, {tier}, all, s")
 
 
+def test_embed_quick_run_gives_the_states_of_each_prompt_alone(tmp_path: Path) -> None:
+    figures = run("embed.py", tmp_path)["figures"]
+    need(figures, "one prompt at a time, s", "padded batches of 32, s", "LLM.embed, s")
+    assert figures["LLM.embed, largest difference"] < 1e-4
+
+
 def test_throughput_tiny_model_compares_all_ways_on_all_workloads(tmp_path: Path) -> None:
     content = run("throughput.py", tmp_path, "--model", "tiny", "--threads", "1")
     figures = content["figures"]
