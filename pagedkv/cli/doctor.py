@@ -106,6 +106,7 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
         Finding("tier", _WAYS[runner.tier.name].format(runner.backend_name), _against(runner.tier)),
         _self_check(runner.report),
         _layers(runner),
+        _groups(runner),
         Finding(
             "positions",
             ("no limit" if runner.max_positions is None else f"{runner.max_positions:,}")
@@ -167,9 +168,22 @@ def _layers(runner: ModelRunner) -> Finding:
     kinds = Counter(
         f"K/V of {layer.num_kv_heads} heads, K {layer.key_dim} and V {layer.value_dim} wide, group {layer.group}, read {way}"
         + (f" with {' and '.join(f'{mask.kind} mask' + (f' of {mask.size}' if mask.size else '') for mask in seen)}" if seen else "")
-        for layer, way, seen in zip(runner.layers, runner.tier.layers, masks, strict=True)
+        for layer, way, seen in zip(runner.grouped_layers, runner.tier.layers, masks, strict=True)
     )
     return Finding("layers", f"{len(runner.layers)} that store K/V", tuple(f"{count} x {kind}" for kind, count in kinds.items()))
+
+
+def _groups(runner: ModelRunner) -> Finding:
+    counts = Counter(layer.group for layer in runner.grouped_layers)
+    return Finding(
+        "layer groups",
+        f"{len(runner.windows)}",
+        tuple(
+            f"group {group}: {counts[group]} layers, {nbytes:,} bytes a block, "
+            + ("every block is kept" if window is None else f"blocks behind a {window.kind} window of {window.size} are given back")
+            for group, (window, nbytes) in enumerate(zip(runner.windows, runner.group_nbytes, strict=True))
+        ),
+    )
 
 
 def _unsupported(runner: ModelRunner) -> tuple[str, ...]:

@@ -45,6 +45,19 @@ def test_doctor_model_shows_the_self_check(capsys: pytest.CaptureFixture[str], t
     assert "2 x K/V of 2 heads, K 8 and V 8 wide, group 0, read in place with causal mask" in found["layers"]["reasons"]
 
 
+def test_doctor_shows_the_layer_groups_and_what_a_half_precision_model_was_judged_by(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--dtype", "bfloat16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    groups = found["layer groups"]
+    assert groups["found"] == "2"
+    assert "every block is kept" in groups["reasons"][0]
+    assert "blocks behind a sliding window of 8 are given back" in groups["reasons"][1]
+    assert "judged by numbers on a float32 copy of 2 layers" in found["self-check"]["reasons"][1]
+
+
 def test_doctor_of_a_model_that_runs_dense_says_why_not_faster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tier_model("bloom").save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
