@@ -38,6 +38,7 @@ class Books:
         manager, storage: of self attention.
         index: from transformers' layer index to the place in ``storage.layers``.
         cross: of cross attention; None for a decoder alone.
+        shared_names: the namespaces whose prefixes several caches share, in the order in which they came.
         peak: the most blocks of self attention that were held at once.
     """
 
@@ -52,6 +53,7 @@ class Books:
         self.cross: CrossPool | None = None
         if layers:
             self.cross = CrossPool(tuple(layers.values()), list(layers), **stored, max_num_seqs=sizes.max_num_seqs, check=check)
+        self.shared_names: dict[str, None] = {}
         self.peak = 0
 
     @property
@@ -62,6 +64,11 @@ class Books:
     def note_use(self) -> None:
         """Look for the most blocks."""
         self.peak = max(self.peak, self.num_in_use)
+
+    def forget_shared(self) -> None:
+        """Make the prefixes unfindable that several caches share."""
+        for name in self.shared_names:
+            self.manager.purge(name)
 
     def fill_free(self, value: float) -> int:
         """Overwrite all blocks that hold nothing; returns how many."""

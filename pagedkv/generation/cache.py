@@ -19,6 +19,7 @@ from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedModelErr
 from pagedkv.generation.pool import CachePool
 from pagedkv.generation.rows import Rows
 from pagedkv.generation.states import LayerStates
+from pagedkv.models.adapters import AdaptedModel
 
 
 class PagedCache(Cache):
@@ -37,7 +38,7 @@ class PagedCache(Cache):
         source: a model, for which a pool of the cache's own is made, or a ``CachePool`` (``PagedCache.pool``), to share one: trying a
             model takes some forwards, which caches of one pool save.
         namespace: caches of one pool that give the same text find each other's prefixes, so that a forward skips what another has
-            computed. That is right as long as weights and adapters stay the same, and up to the caller; None shares within the cache only.
+            computed, as long as the model is not altered; None shares within the cache only.
         options: of the pool, see ``CachePool``, where ``source`` is a model.
 
     Raises:
@@ -48,7 +49,7 @@ class PagedCache(Cache):
     the model leaves it so as well, unless blocks were to be copied, when it is left empty.
     """
 
-    def __init__(self, source: PreTrainedModel | CachePool, *, namespace: str | None = None, **options: Any) -> None:
+    def __init__(self, source: PreTrainedModel | AdaptedModel | CachePool, *, namespace: str | None = None, **options: Any) -> None:
         if isinstance(source, CachePool) and options:
             raise ConfigError(f"{', '.join(options)}: an option of the pool, which is there already")
         pool = source if isinstance(source, CachePool) else CachePool(source, **options)
@@ -62,7 +63,7 @@ class PagedCache(Cache):
         self._lay_out(pool, pool.open(namespace, closes_with_caches=pool is not source))
 
     @staticmethod
-    def pool(model: PreTrainedModel, **options: Any) -> CachePool:
+    def pool(model: PreTrainedModel | AdaptedModel, **options: Any) -> CachePool:
         """A pool that many caches share; options as for ``CachePool``."""
         return CachePool(model, **options)
 

@@ -27,6 +27,7 @@ from pagedkv.generation.growth import Growth, NewColumns
 from pagedkv.generation.packed import PackedForward, PackedReading
 from pagedkv.generation.rows import Rows
 from pagedkv.generation.seats import Seats
+from pagedkv.models.alterations import Alterations
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +67,7 @@ class Forwards:
             model.register_forward_hook(lambda *call: _called(after, *call), with_kwargs=True, always_call=True),
         )
         self._remove_hooks = finalize(self, _remove, handles)
+        self._alterations = Alterations(model)
 
     def unhook(self) -> None:
         """Leave the model."""
@@ -146,6 +148,8 @@ class Forwards:
         call = self._reader.read(arguments, past)
         if isinstance(rows.beside, CrossAttention) and rows.beside.is_empty:
             rows.start(rows.beside.begin(arguments, call.num_rows))
+        if not rows.num_rows and books.shared_names and self._alterations.seen():
+            books.forget_shared()
         holes = rows.see(call.num_rows, call.old_seen)
         if not call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions):
             call.token_ids = None

@@ -35,6 +35,7 @@ class PackedReading:
     def __init__(self, runner: ModelRunner, reader: ForwardReader) -> None:
         self._runner = runner
         self._reader = reader
+        self._longest = runner.max_positions
         self._windows = runner.report.windows + runner.report.windows_not_crossed
         self._batches = BatchBuilder(runner.device, runner.block_size)
 
@@ -45,10 +46,14 @@ class PackedReading:
     def can_run(self, call: ForwardCall, rows: Rows) -> bool:
         """Whether a forward comes out packed as it would otherwise.
 
-        It asks for nothing but logits of tokens, some of them no padding. And where layers have windows, no row has padding between its
-        tokens: transformers counts that as a part of the window.
+        It asks for nothing but logits of tokens, some of them no padding. No row is longer than the runner serves: beyond, some models
+        choose other frequencies for a whole batch. And where layers have windows, no row has padding between its tokens: transformers
+        counts that as a part of the window.
         """
         if call.token_ids is None or not call.only_logits or not call.new_seen[:, call.wanted_columns].any():
+            return False
+        longest = int((rows.lengths(call.num_rows) + np.count_nonzero(call.new_seen, axis=1)).max())
+        if self._longest is not None and longest > self._longest:
             return False
         return not self._windows or not rows.has_gaps(call.new_seen)
 

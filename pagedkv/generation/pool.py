@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pagedkv import checks
 from pagedkv.checks import integer, shown
 from pagedkv.core import CheckLevel
 from pagedkv.errors import ConfigError, UnsupportedBackendError, UnsupportedModelError
@@ -28,7 +29,9 @@ from pagedkv.generation.seats import Seats
 from pagedkv.generation.states import LayerStates
 from pagedkv.generation.trial import Reference, run_reference, trial_blocks
 from pagedkv.models import ModelRunner
+from pagedkv.models.adapters import AdaptedModel, unwrapped
 from pagedkv.models.memory import free_memory
+from pagedkv.models.positions import RotaryEmbeddings
 from pagedkv.models.replacements import Wanted
 from pagedkv.models.tiers import TierName
 from pagedkv.sizing import blocks_in_memory
@@ -41,8 +44,8 @@ class CachePool:
     """Blocks of one model that many ``PagedCache`` share, in one thread or several; forwards take turns.
 
     Args:
-        model: a causal language model in evaluation mode. It gets a hook before its forward and one after, until the pool is closed;
-            they leave forwards without a cache of this pool alone.
+        model: a model in evaluation mode, as it is or with adapters inside a wrapper (PEFT's), whose ``generate`` is then called. It
+            gets a hook before its forward and one after, until the pool is closed; they leave forwards without a cache of this pool alone.
         num_blocks: blocks, the null block included; or
         kv_cache_memory_bytes: as many as fit in so many bytes; or neither: blocks for 16,384 tokens, in at most a quarter of the
             memory that is free.
@@ -70,7 +73,7 @@ class CachePool:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | AdaptedModel,
         *,
         num_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -84,6 +87,8 @@ class CachePool:
         if tier not in get_args(TierName):
             raise ConfigError(f"tier is {shown(tier)}: it must be one of {', '.join(get_args(TierName))}")
         integer("block_size", block_size, least=1, most=2**31 - 1)
+        if isinstance(model, AdaptedModel):
+            model = unwrapped(model)
         reference = run_reference(model)
         layers = (*reference.layers, *reference.cross_layers.values())
         nbytes_per_block = block_size * sum(layer.nbytes_per_token(reference.dtype) for layer in layers)
@@ -119,6 +124,10 @@ class CachePool:
                 raise UnsupportedModelError("packed forwards of generate() are for decoders alone")
             if reference.keeps_states:
                 raise UnsupportedModelError("layers keep states beside K and V, which packed forwards of generate() do not follow")
+            if not RotaryEmbeddings(self._model).is_steady:
+                raise UnsupportedModelError(
+                    "generate() rotates a whole batch at the frequencies of its longest row, packed forwards do not"
+                )
             runner = ModelRunner(self._model, block_size=block_size, tier="packed", pack_linears=pack_linears, fuse=fuse)
         except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
             setting = isinstance(error, ConfigError) and not isinstance(error, UnsupportedModelError | UnsupportedBackendError)
@@ -128,8 +137,6 @@ class CachePool:
             return
         self._forwards.packed = PackedReading(runner, reader)
         try:
-            if runner.max_positions_reason is not None:
-                raise UnsupportedModelError(f"packed, it would not compute what generate() does: {runner.max_positions_reason}")
             compare(self, reference)
         except UnsupportedModelError as error:
             self._forwards.packed = None
@@ -213,7 +220,10 @@ class CachePool:
             self._forwards.books.peak = self._forwards.books.num_in_use
 
     def purge(self, namespace: str) -> int:
-        """Forget the prefixes cached under a namespace, because weights have changed, say; returns how many blocks that were."""
+        """Forget the prefixes cached under a namespace; returns how many blocks that were.
+
+        A first forward does so for all of them where the model was altered since the one before it (see ``ModelRunner.altered``).
+        """
         with self._forwards.exclusive():
             return self._forwards.books.manager.purge(namespace)
 
@@ -243,9 +253,11 @@ class CachePool:
             self._closes_with_caches = closes_with_caches
             self._num_named += 1
             private = namespace is None
-            name = f"\0cache {self._num_named}" if namespace is None else namespace
+            name = f"\0cache {self._num_named}" if namespace is None else checks.text("namespace", namespace)
             beside: Beside | None = LayerStates(self._model) if self._keeps_states else None
             books = self._forwards.books
+            if not private:
+                books.shared_names[name] = None
             if books.cross is not None:
                 beside = CrossAttention(books.cross)
             return self._seats.take(Rows(books.manager, name, private=private, beside=beside))

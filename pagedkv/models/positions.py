@@ -84,6 +84,11 @@ class RotaryEmbeddings:
         far = stated if reason is not None and two_kinds else None
         self.positions = PositionReach(stated, stated if reason is None else reach, reason, far)
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether no frequency depends on how long a forward is, or one before it was."""
+        return not self._pinned and not self._switching
+
     @contextmanager
     def pinned(self) -> Iterator[None]:
         """For a ``with`` block, the rotary embeddings as they are in a model that has seen no long forward; then as they were."""

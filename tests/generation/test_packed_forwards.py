@@ -10,10 +10,11 @@ import pytest
 import torch
 from generation_support import assert_same_tokens, compare, generate, prompts, small_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from pagedkv import CachePool, ModelRunner, PagedCache
 from pagedkv.errors import ConfigError
+from pagedkv.testing.models import randomised
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,41 @@ def test_positions_of_the_callers_own_are_dense_and_right(pool: CachePool) -> No
     with Widths(pool) as widths:
         both(pool, [((tokens,), {"position_ids": torch.arange(3, 11)[None]}), ((tokens[:, :1],), {"position_ids": torch.tensor([[11]])})])
     assert widths.shapes[:2] == [(2, 8), (2, 1)]
+
+
+_SWITCHING: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("llama", {"max_position_embeddings": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0], "factor": 5.33,
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("longrope", marks=pytest.mark.slow)])
+def test_rows_beyond_a_switch_of_frequencies_are_what_transformers_makes_of_them(kind: str) -> None:
+    model_type, options = _SWITCHING[kind]
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = randomised(AutoConfig.for_model(model_type, **sizes, num_key_value_heads=2, pad_token_id=0, **options))
+    with CachePool(model, num_blocks=100, block_size=4) as pool:
+        assert pool.tier == "dense"
+        assert "longest row" in str(pool.tier_reason)
+        for columns, beams in ((12, 1), (12, 3), (30, 1), (30, 3)):
+            tokens, mask = prompts(2, columns, seed=columns, padding=(3,))
+            # The frequencies depend on what the model has seen before, too: a short forward resets them.
+            with torch.no_grad():
+                model(tokens[:, :1])
+            with PagedCache(pool) as cache:
+                got = generate(model, tokens, cache, attention_mask=mask, num_beams=beams, max_new_tokens=20)
+                model(tokens[:, :1])
+            want = generate(model, tokens, None, attention_mask=mask, num_beams=beams, max_new_tokens=20)
+            assert_same_tokens(got, want, f"{kind}, {columns} columns, {beams} beams")
 
 
 def test_interrupted_forward_leaves_the_model_as_it_was(pool: CachePool) -> None:

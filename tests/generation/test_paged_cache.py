@@ -184,6 +184,41 @@ def test_caches_of_one_name_share_prefixes_and_others_do_not(pool: CachePool) ->
     assert pool.purge("system") > 0
 
 
+def test_prefixes_are_forgotten_when_the_model_was_altered() -> None:
+    model = small_model("llama")
+    tokens, _ = prompts(1, 24, seed=32)
+    with CachePool(model, num_blocks=60, block_size=4) as pool:
+        for _ in range(2):
+            for _ in range(2):
+                with PagedCache(pool, namespace="system") as cache:
+                    assert_same_tokens(generate(model, tokens, cache), generate(model, tokens, None), "altered")
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(-1.0)
+        with pytest.raises(ConfigError, match="namespace"):
+            PagedCache(pool, namespace=3)  # type: ignore[arg-type]  # as a user may pass it
+
+
+class _Wrapper(torch.nn.Module):
+    """Around a model, as adapters put one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> torch.nn.Module:
+        return self.model
+
+    def forward(self, **arguments: Any) -> Any:
+        return self.model(**arguments)
+
+
+def test_model_in_a_wrapper_is_the_one_inside(model: PreTrainedModel) -> None:
+    tokens, _ = prompts(2, 9, seed=33)
+    with PagedCache(_Wrapper(model).eval(), num_blocks=40, tier="dense") as cache:
+        assert cache.block_pool.model is model
+        assert_same_tokens(generate(model, tokens, cache), generate(model, tokens, None), "wrapped")
+
+
 def test_cache_that_is_garbage_gives_its_blocks_back(pool: CachePool) -> None:
     tokens, _ = prompts(2, 9, seed=16)
     generate(pool.model, tokens, PagedCache(pool))
