@@ -15,6 +15,7 @@ from pagedkv.attention.ragged import attend_ragged
 from pagedkv.attention.reference import ReferenceBackend
 from pagedkv.errors import ConfigError, StepError, UnsupportedModelError
 from pagedkv.models import ModelRunner, plan_memory
+from pagedkv.models.dense import split_rows
 from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
 from pagedkv.testing.models import TINY_MODELS, tiny_model
 from pagedkv.testing.plans import make_plan
@@ -144,3 +145,22 @@ def test_ragged_attention_equals_the_reference_over_pages(mask: Mask, variant: s
     want = backend.attend(query, storage.layers[0], backend.plan(batch), options)
     got = attend_ragged(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), plan=plan, options=options)
     assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_step_is_cut_into_rows_of_one_query_length_and_of_similar_length() -> None:
+    lens = [100, 128, 129, 250, 257, 5, 60, 120]
+    queries = [1, 1, 1, 1, 1, 5, 5, 3]
+    tables = [list(range(1, 2 + length // 4)) for length in lens]
+    plan = make_plan(queries, lens, block_tables=tables, block_size=4)
+
+    def cut(**options: bool) -> list[list[int]]:
+        return [rows.seqs.tolist() for rows in split_rows(plan, **options)]
+
+    assert cut() == [[0, 1], [2, 3], [4], [7], [5, 6]]
+    assert cut(by_past=True) == [[0, 1], [2, 3], [4], [7], [5], [6]]
+    assert cut(equal=True) == [[0], [1], [2], [3], [4], [7], [5], [6]]
+    together = list(split_rows(plan))[-1]
+    assert (together.num_keys, together.past_len) == (60, 55)
+    assert together.tokens.tolist() == [list(range(5, 10)), list(range(10, 15))]
+    assert together.there.sum(axis=1).tolist() == [5, 60]
+    assert together.there[0, -5:].all()
