@@ -101,6 +101,7 @@ class Admission:
             )
             return False
         if self._must_be_sure(branch):
+            held[needs.windowed] = 0
             worst = self.worst_case(branch.request, branch.width) - held + running.worst_case_blocks(needs)
             if (worst > available).any():
                 group = int((worst - available).argmax())

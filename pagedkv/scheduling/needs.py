@@ -19,6 +19,9 @@ _NO_LIMIT = 2**31 - 1
 class BlockNeeds:
     """Counts per layer group; a row of each answer is a group.
 
+    What sequences share counts as held by each of them where it stays shared. Behind a window it goes, and in its place each needs one of
+    its own: to be sure of the end, only what is held once can be reckoned with there.
+
     Args:
         table: of the manager.
         windows: how far back each group looks.
@@ -31,6 +34,7 @@ class BlockNeeds:
         self._windows = windows
         most = [window.most_blocks(size) if window is not None and in_chunks else _NO_LIMIT for window in windows]
         self.most = np.array(most, dtype=np.int64)[:, None]
+        self.windowed = [group for group, window in enumerate(windows) if window is not None]
 
     def of_tokens(self, num_tokens: int) -> Int64Array:
         """``[G]`` int64 blocks that a sequence needs at once to come to so many tokens."""
@@ -40,6 +44,11 @@ class BlockNeeds:
         """``[G, n]`` int64 the same for sequences whose tokens fill so many blocks."""
         needed: Int64Array = np.minimum(num_blocks, self.most)
         return needed
+
+    def num_distinct(self, group: int, rows: Int64Array) -> int:
+        """Blocks of one group that these rows hold, each counted once."""
+        blocks = self._table.block_tables[group, rows]
+        return len(np.unique(blocks[blocks > 0]))
 
     def held(self, rows: Int64Array) -> Int64Array:
         """``[G, n]`` int64 blocks that these rows hold."""

@@ -162,13 +162,16 @@ class RunningSet:
 
     def worst_case_blocks(self, needs: BlockNeeds) -> Int64Array:
         """``[G]`` blocks of each layer group that the running rows may still need until all of them have ended for their length."""
-        short, size = self._blocks_short(self.limits[self.rows] - 1, needs), self._table.block_size
+        last, size = self.limits[self.rows] - 1, self._table.block_size
+        short = self._blocks_short(last, needs)
         short += self._table.tail_shared[self.rows]
+        widths = np.array([branch.width for branch in self.branches]) if self.num_trunks else self.ones[: len(self.rows)]
         if self.num_trunks:
-            own = self.limits[self.rows] - 1 - (self._prompt_lens[self.rows] - 1) // size * size
-            widths = np.array([branch.width for branch in self.branches])
+            own = last - (self._prompt_lens[self.rows] - 1) // size * size
             short += (widths - 1) * needs.of_blocks(-(-own // size))
         worst: Int64Array = short.sum(axis=1)
+        for group in needs.windowed:
+            worst[group] = (widths * needs.of_blocks(-(-last // size))[group]).sum() - needs.num_distinct(group, self.rows)
         return worst
 
     def _blocks_short(self, num_tokens: Int32Array, needs: BlockNeeds) -> Int64Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scheduling_helpers import make_request
 
-from pagedkv.core import SequenceTable
+from pagedkv.core import SequenceTable, Window
 from pagedkv.errors import ConfigError, InvalidRequestError, InvariantError
 from pagedkv.scheduling import (
     Branch,
@@ -188,3 +188,19 @@ def test_running_set_worst_case_counts_a_copy_for_each_last_block_that_may_be_sh
     assert running.worst_case_blocks(needs).tolist() == [2]
     table.mark_tails_shared(rows[:1])
     assert running.worst_case_blocks(needs).tolist() == [3]
+
+
+def test_running_set_worst_case_counts_what_is_shared_inside_a_window_once() -> None:
+    table = SequenceTable(3, num_groups=2, block_size=4, max_blocks=8)
+    running, needs = RunningSet(table), BlockNeeds(table, [None, Window.sliding(4)])
+    rows, _ = table.open_rows(2)
+    for row in rows.tolist():
+        (branch,) = make_record().branches
+        branch.row = row
+        running.add(branch)
+    table.num_blocks[rows] = 1
+    table.block_tables[:, rows, 0] = 1
+    # Each needs its second block. Of the shared one each needs a successor of its own as well, where it goes behind the window.
+    assert running.worst_case_blocks(needs).tolist() == [2, 2 * 2 - 1]
+    table.block_tables[1, rows[1], 0] = 2
+    assert running.worst_case_blocks(needs).tolist() == [2, 2 * 2 - 2]
