@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.generation.states import keeps_states
 from pagedkv.models.call import ModelCall, logits_of
+from pagedkv.models.compiled import is_compiled
 from pagedkv.models.limits import num_token_ids
 from pagedkv.storage import LayerSpec
 
@@ -109,6 +110,8 @@ def _check(model: object) -> None:
         raise UnsupportedModelError(f"{name} takes its cache as cache_params, not past_key_values: it keeps recurrent state alone")
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
+    if is_compiled(model):
+        raise UnsupportedModelError(f"{name} is compiled (model.compile()), and a compiler cannot follow tables: use one that is not")
     if model.device.type == "meta":
         raise UnsupportedModelError(f"{name} has no weights (meta device)")
     supports: Any = model._supports_default_dynamic_cache
