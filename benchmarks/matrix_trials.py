@@ -123,6 +123,7 @@ def try_continuous_batching(
     prompts, wanted = [list(prompt) for prompt, _ in expected], [list(tokens) for _, tokens in expected]
     try:
         model: Any = shrunk_model(model_type, seed=seed, attn_implementation=implementation)
+        model.generation_config = GenerationConfig(pad_token_id=0)  # no tokens that its defaults force, as in the reference
         found = model.generate_batch(
             prompts,
             generation_config=GenerationConfig(max_new_tokens=len(wanted[0]), do_sample=False, eos_token_id=-1, pad_token_id=0),

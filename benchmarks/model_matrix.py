@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--only", help="these architectures, separated by commas")
     parser.add_argument("--no-rivals", action="store_true", help="leave transformers' continuous batching out")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one trial may take")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds that one trial may take")
     parser.add_argument("--store", type=Path, metavar="PATH", help="verdicts are added to this file, and those in it are not tried again")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the tables to this file")
     options = parser.parse_args()
