@@ -35,6 +35,7 @@ _FORKED, _FORKS = 11, 3
 _NUM_NEW = 12
 _BUDGET = 8  # tokens of a step, fewer than most prompts have
 _LONGEST = max(_LENGTHS) + _NUM_NEW  # some models state none
+_PREEMPT_AFTER = 5  # steps, so that the first request has tokens of its own
 _DRAWS = 20
 
 Prompt = tuple[int, ...]
@@ -63,7 +64,8 @@ class MixReport:
 
     Attributes:
         name: ``"ragged"``: prompts of several lengths, in chunks where the model allows it, beside decodes; ``"prefix"``: prompts whose
-            beginning was served before; ``"fork"``: several continuations of one prompt; ``"preempted"``: a pool too small for all at once.
+            beginning was served before; ``"fork"``: several continuations of one prompt; ``"preempted"``: a pool too small for all at once,
+            and one request whose blocks are taken away in any case.
         num_outputs: continuations that were compared.
         difference: the first that was not as alone, in words; None when all were.
         error: what the engine raised, in words; None when nothing.
@@ -186,7 +188,7 @@ def run_mixes(runner: ModelRunner, references: References) -> tuple[MixReport, .
     ]
     roomy.close()
     tight = _Mixes(runner, references, num_blocks=max(needed) + 4)
-    reports.append(tight.run("preempted", references.prompts))
+    reports.append(tight.run("preempted", references.prompts, preempt=True))
     tight.close()
     return tuple(reports)
 
@@ -210,10 +212,12 @@ class _Mixes:
         self._references = references
         self._num_requests = 0
 
-    def run(self, name: str, prompts: Sequence[Prompt], *, n: int = 1) -> MixReport:
+    def run(self, name: str, prompts: Sequence[Prompt], *, n: int = 1, preempt: bool = False) -> MixReport:
         before = self._engine.statistics().num_preemptions
         try:
-            outputs = self._outputs(prompts, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=_NUM_NEW, logprobs=0, n=n))
+            outputs = self._outputs(
+                prompts, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=_NUM_NEW, logprobs=0, n=n), preempt
+            )
         except PagedKVError as error:
             return MixReport(name, error=f"{type(error).__name__}: {error}")
         pairs = [(self._references[output.prompt_token_ids], _as_alone(output, index)) for output in outputs for index in range(n)]
@@ -229,13 +233,17 @@ class _Mixes:
             num_cached_tokens=sum(output.num_cached_tokens for output in outputs),
         )
 
-    def _outputs(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestOutput]:
-        done = []
+    def _outputs(self, prompts: Sequence[Prompt], params: SamplingParams, preempt: bool) -> list[RequestOutput]:
+        done: list[RequestOutput] = []
+        steps = 0
         for prompt in prompts:
             self._engine.add_request(str(self._num_requests), {"prompt_token_ids": list(prompt)}, params, stream=False)
             self._num_requests += 1
         while self._engine.has_unfinished:
             done += [output for output in self._engine.step() if output.finished]
+            steps += 1
+            if preempt and steps == _PREEMPT_AFTER:  # where windowed layers need so little that the pool suffices
+                self._engine.preempt(str(self._num_requests - len(prompts)))
         return done
 
     def close(self) -> None:
