@@ -73,6 +73,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(workload: Workload, folder: str) -> Any:
+    import vllm.platforms
+
+    if vllm.platforms.current_platform.device_type == "":  # a build for GPUs where there is none: its scheduler needs no device
+        from vllm.platforms.cpu import CpuPlatform
+
+        vllm.platforms.current_platform = CpuPlatform()
     from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 
     Path(folder, "config.json").write_text(json.dumps(MODEL_CONFIG))
