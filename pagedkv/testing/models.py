@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WINDOW = 8
 """Sliding windows of the models that have one, in tokens."""
 
-_BASE: dict[str, Any] = {
+TINY_SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -31,6 +31,7 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+"""Sizes and token ids of the models whose configs use the usual names."""
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -43,17 +44,20 @@ def _configs() -> dict[str, tuple[str, dict[str, Any]]]:
     plain_rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     opt = {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}
     return {
-        "llama": ("llama", _BASE),
-        "mistral": ("mistral", {**_BASE, **window}),
-        "qwen2": ("qwen2", _BASE),
-        "qwen3": ("qwen3", {**_BASE, "head_dim": 16}),
-        "gemma2": ("gemma2", {**_BASE, **window, **layers, **soft_capped, "head_dim": 16, "query_pre_attn_scalar": 16}),
-        "gemma3": ("gemma3_text", {**_BASE, **window, **layers, "head_dim": 16, "query_pre_attn_scalar": 16}),
+        "llama": ("llama", TINY_SIZES),
+        "mistral": ("mistral", {**TINY_SIZES, **window}),
+        "qwen2": ("qwen2", TINY_SIZES),
+        "qwen3": ("qwen3", {**TINY_SIZES, "head_dim": 16}),
+        "gemma2": ("gemma2", {**TINY_SIZES, **window, **layers, **soft_capped, "head_dim": 16, "query_pre_attn_scalar": 16}),
+        "gemma3": ("gemma3_text", {**TINY_SIZES, **window, **layers, "head_dim": 16, "query_pre_attn_scalar": 16}),
         "gpt2": ("gpt2", gpt2),
-        "opt": ("opt", {key: value for key, value in {**_BASE, **opt}.items() if key not in ("intermediate_size", "num_key_value_heads")}),
-        "phi": ("phi", {**_BASE, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
-        "mixtral": ("mixtral", {**_BASE, **_EXPERTS}),
-        "gpt_oss": ("gpt_oss", {**_BASE, **_EXPERTS, **window, **layers, **plain_rope, "head_dim": 16}),
+        "opt": (
+            "opt",
+            {key: value for key, value in {**TINY_SIZES, **opt}.items() if key not in ("intermediate_size", "num_key_value_heads")},
+        ),
+        "phi": ("phi", {**TINY_SIZES, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+        "mixtral": ("mixtral", {**TINY_SIZES, **_EXPERTS}),
+        "gpt_oss": ("gpt_oss", {**TINY_SIZES, **_EXPERTS, **window, **layers, **plain_rope, "head_dim": 16}),
     }
 
 

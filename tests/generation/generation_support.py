@@ -9,24 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pagedkv import CachePool, PagedCache
-from pagedkv.testing.models import TINY_MODELS, randomised, tiny_model
+from pagedkv.testing.models import TINY_MODELS, TINY_SIZES, WINDOW, randomised, tiny_model
 
-WINDOW = 8
 _BASE: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
-_WIDE: dict[str, Any] = {
-    **_BASE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
 _GPT: dict[str, Any] = {**_BASE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _LATENT: dict[str, Any] = {
-    **_WIDE,
+    **TINY_SIZES,
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 8,
@@ -61,14 +49,14 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {**_BASE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
     "deepseek_v32": ("deepseek_v32", {**_LATENT, "index_topk": 6, "index_n_heads": 32, "index_head_dim": 8}),
-    "diffllama": ("diffllama", _WIDE),
-    "falcon_h1": ("falcon_h1", {**_WIDE, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
-    "jamba": ("jamba", {**_WIDE, **_JAMBA, "num_experts_per_tok": 1}),
-    "lfm2": ("lfm2", {**_WIDE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    "qwen3_next": ("qwen3_next", {**_WIDE, **_EXPERTS, **_LINEAR, "head_dim": 16}),
+    "diffllama": ("diffllama", TINY_SIZES),
+    "falcon_h1": ("falcon_h1", {**TINY_SIZES, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
+    "jamba": ("jamba", {**TINY_SIZES, **_JAMBA, "num_experts_per_tok": 1}),
+    "lfm2": ("lfm2", {**TINY_SIZES, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "qwen3_next": ("qwen3_next", {**TINY_SIZES, **_EXPERTS, **_LINEAR, "head_dim": 16}),
     "llama4": (
         "llama4_text",
-        {**_WIDE, **_CHUNKED, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
+        {**TINY_SIZES, **_CHUNKED, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
 }
 NAMES = (*TINY_MODELS, *_MORE)
