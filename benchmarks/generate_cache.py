@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pagedkv import CachePool, PagedCache
+from pagedkv.models import CACHE_ARGUMENT
 
 OWN, PACKED, DENSE = "transformers", "pagedkv", "pagedkv, dense"
 MODES: dict[str, dict[str, Any]] = {
@@ -119,7 +120,7 @@ def _answer(model: PreTrainedModel, prompts: Tensor, pool: CachePool | None, *, 
     torch.manual_seed(seed)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True, **options}
     began = perf_counter()
-    tokens = model.generate(prompts, past_key_values=cache, **settings)  # type: ignore[operator]  # typed there as a tensor or a module
+    tokens = model.generate(prompts, **{CACHE_ARGUMENT: cache}, **settings)  # type: ignore[operator]  # typed there as a tensor or a module
     seconds = perf_counter() - began
     if isinstance(cache, PagedCache) and pool is not None:
         nbytes = pool.peak_blocks_in_use * pool.nbytes_per_block

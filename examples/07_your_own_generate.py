@@ -11,6 +11,7 @@ import copy
 import torch
 
 from pagedkv import CachePool, PagedCache
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.testing.models import tiny_model
 
 NEW_TOKENS = 24
@@ -24,7 +25,7 @@ def main() -> None:
 
     # One cache, one call: the pool is made for the cache, and goes with it.
     with PagedCache(model, num_blocks=64) as cache:
-        assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), model.generate(prompt, **GREEDY))
+        assert torch.equal(model.generate(prompt, **{CACHE_ARGUMENT: cache}, **GREEDY), model.generate(prompt, **GREEDY))
     print("greedy: the same tokens")
 
     # A pool is made once, because it tries the model first, and serves any number of caches.
@@ -33,7 +34,7 @@ def main() -> None:
 
         # Beam search: the prompt is stored once, not once for each beam, and beams are re-ordered by changing tables.
         with PagedCache(pool) as cache:
-            beams = model.generate(prompt, past_key_values=cache, num_beams=4, **GREEDY)
+            beams = model.generate(prompt, **{CACHE_ARGUMENT: cache}, num_beams=4, **GREEDY)
         assert torch.equal(beams, model.generate(prompt, num_beams=4, **GREEDY))
         separate = 4 * -(-(prompt.shape[1] + NEW_TOKENS) // 8)
         print(f"4 beams: the same tokens in {pool.peak_blocks_in_use} blocks; four separate rows would fill {separate}")
@@ -42,17 +43,17 @@ def main() -> None:
         # A prefilled cache, continued three times: copies share its blocks, and write only what is their own.
         with PagedCache(pool) as prefilled:
             with torch.no_grad():
-                model(prompt, past_key_values=prefilled, use_cache=True)
+                model(prompt, **{CACHE_ARGUMENT: prefilled}, use_cache=True)
             for question in ([5, 9, 11], [7, 7], [31, 4, 4, 8]):
                 whole = torch.cat([prompt, torch.tensor([question])], dim=1)
                 with copy.copy(prefilled) as cache:
-                    answer = model.generate(whole, past_key_values=cache, **GREEDY)
+                    answer = model.generate(whole, **{CACHE_ARGUMENT: cache}, **GREEDY)
                     print(f"a continuation: {cache.num_blocks} blocks, of which {prefilled.num_blocks} are the prompt's")
                 assert torch.equal(answer, model.generate(whole, **GREEDY))
 
         # Assisted decoding: candidates that the model rejects are cut off again.
         with PagedCache(pool) as cache:
-            assisted = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=4, **GREEDY)
+            assisted = model.generate(prompt, **{CACHE_ARGUMENT: cache}, prompt_lookup_num_tokens=4, **GREEDY)
         assert torch.equal(assisted, model.generate(prompt, **GREEDY))
         assert pool.num_blocks_in_use == 0
         print("prompt look-up: the same tokens; all blocks are back")

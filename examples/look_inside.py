@@ -14,6 +14,7 @@ import torch
 from smollm2 import model_file
 
 from pagedkv import LLM, SamplingParams
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.observe import inspect_sequence
 
 BEGINNING = (
@@ -53,7 +54,7 @@ def main() -> None:
         # The K stored there is what the model, asked without us, computes for the same tokens.
         with torch.inference_mode():
             tokens = torch.tensor([view.sequence.token_ids[: view.sequence.num_computed_tokens]])
-            cache = llm.runner.model(tokens, use_cache=True).past_key_values
+            cache = llm.runner.model(tokens, use_cache=True)[CACHE_ARGUMENT]
         theirs = cache.layers[view.layer].keys[0, :, view.position]
         difference = float((theirs - torch.tensor(view.key)).abs().max())
         print(f"\ntransformers' own cache holds the same K, to {difference:.1e}; the two requests share {num_shared} blocks")

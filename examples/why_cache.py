@@ -20,6 +20,7 @@ from smollm2 import model_file
 from transformers import DynamicCache
 
 from pagedkv import LLM, SamplingParams
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.testing.models import tiny_model
 
 NEW_TOKENS = 3  # timed behind each context; the median counts
@@ -29,9 +30,8 @@ def with_model(model, tokens, cache=None):
     """The tokens of the model alone: it reads everything so far each time, or with its own cache only what is new."""
     unread = tokens
     while True:
-        logits = model(torch.tensor([unread]), past_key_values=cache, use_cache=cache is not None, logits_to_keep=1).logits
-        token = int(logits[0, -1].argmax())
-        yield token
+        logits = model(torch.tensor([unread]), **{CACHE_ARGUMENT: cache}, use_cache=cache is not None, logits_to_keep=1).logits
+        yield (token := int(logits[0, -1].argmax()))
         tokens = [*tokens, token]
         unread = tokens if cache is None else [token]
 

@@ -69,6 +69,7 @@ EXPORTS = {
     "pagedkv.storage": {"BatchBuilder", "KVStorage", "LayerPool", "LayerSpec", "StateSpec", "StateStorage", "StepBatch"},
     "pagedkv.attention": {"AttendOptions", "AttentionBackend", "AttentionSpec", "Mask", "StepAttention", "get_backend"},
     "pagedkv.models": {
+        "CACHE_ARGUMENT",
         "PROCESSOR_OPTIONS",
         "AdaptedModel",
         "MemoryPlan",

@@ -220,17 +220,17 @@ class PagedCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         """All False: the K and V of all columns are there."""
-        return [False] * len(self.layers)
+        return [False] * len(self)
 
     @property
     def is_linear(self) -> list[bool]:
         """Which layers have a state alone."""
-        return [] if self._kept is None else self._kept.cache.is_linear
+        return [False] * len(self) if self._kept is None else self._kept.cache.is_linear
 
     @property
     def is_dummy(self) -> list[bool]:
         """Which layers have nothing."""
-        return [] if self._kept is None else self._kept.cache.is_dummy
+        return [False] * len(self) if self._kept is None else self._kept.cache.is_dummy
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether a layer's state has taken in a token."""

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from pagedkv.checks import shown
 from pagedkv.errors import InvalidRequestError
+from pagedkv.models.call import CACHE_ARGUMENTS, ModelCall
 from pagedkv.plan import BoolArray, Int64Array
 
 # Arguments that neither change what K and V of a token are, nor ask for more than logits.
 _PLAIN = frozenset(
-    ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict", "cache_position")
+    ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "cache_position", *CACHE_ARGUMENTS)
 )
 # In an encoder-decoder model the names of the encoder's own arguments, and "decoder_" before those above.
 _ENCODER = frozenset(("input_ids", "attention_mask", "encoder_outputs", "decoder_input_ids", "decoder_attention_mask"))
@@ -96,23 +97,35 @@ class ForwardReader:
 
     Args:
         model: whose signature counts.
+
+    Raises:
+        UnsupportedModelError: the model takes no cache.
+
+    Attributes:
+        cache_argument: what the model calls its cache.
+        takes_positions, takes_logits_to_keep: whether it takes ``position_ids`` and ``logits_to_keep``.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._signature = inspect.signature(model.forward)
+        self.cache_argument = ModelCall(model).cache_argument
         self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
         self._plain = _PLAIN | _OUTPUTS | _ENCODER if self._prefix else _PLAIN | _OUTPUTS
         self.takes_positions = f"{self._prefix}position_ids" in self._signature.parameters
         self.takes_logits_to_keep = "logits_to_keep" in self._signature.parameters
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
-        if not args:
-            return dict(kwargs)
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                bound = {**bound, **bound.pop(name, {})}
+        """All arguments by name, the cache by the one that the model knows; transformers itself takes older ones for a while."""
+        bound = dict(kwargs)
+        if args:
+            bound = self._signature.bind_partial(*args, **kwargs).arguments
+            for name, parameter in self._signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    bound = {**bound, **bound.pop(name, {})}
+        if self.cache_argument not in bound:
+            given = next((name for name in CACHE_ARGUMENTS if name in bound), None)
+            if given is not None:
+                bound[self.cache_argument] = bound.pop(given)
         return dict(bound)
 
     def read(self, arguments: dict[str, Any], num_columns: int) -> ForwardCall:

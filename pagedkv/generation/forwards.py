@@ -105,7 +105,7 @@ class Forwards:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._end_stale()
         arguments = self._reader.named(args, kwargs)
-        rows = getattr(arguments.get("past_key_values"), "_rows", None)
+        rows = getattr(arguments.get(self._reader.cache_argument), "_rows", None)
         if not isinstance(rows, Rows) or not rows.belongs_to(self.books.manager) or module is not self._model:
             return None
         self.check_idle(rows)

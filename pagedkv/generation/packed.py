@@ -68,7 +68,7 @@ class PackedReading:
         batch = self._batches.build(plan)
         with ExitStack() as stack:
             cache = stack.enter_context(self._runner.step(batch, storage))
-            arguments: dict[str, Any] = {"input_ids": batch.token_ids[None], "past_key_values": cache, "use_cache": True}
+            arguments: dict[str, Any] = {"input_ids": batch.token_ids[None], self._reader.cache_argument: cache, "use_cache": True}
             if self._reader.takes_positions:
                 arguments["position_ids"] = batch.positions[None]
             if self._reader.takes_logits_to_keep:
@@ -76,7 +76,9 @@ class PackedReading:
             if "return_dict" in call.arguments:
                 arguments["return_dict"] = call.arguments["return_dict"]
             rows = None if self._reader.takes_logits_to_keep else batch.logits_indices
-            return PackedForward(arguments, stack.pop_all(), caller=call.arguments["past_key_values"], places=places, rows=rows)
+            return PackedForward(
+                arguments, stack.pop_all(), cache=cache, caller=call.arguments[self._reader.cache_argument], places=places, rows=rows
+            )
 
 
 class PackedForward:
@@ -85,14 +87,18 @@ class PackedForward:
     Args:
         arguments: of the model, in place of the caller's.
         step: what ends with it.
+        cache: of the step, in place of the caller's.
         caller: the cache that the caller passed.
         places: ``[R, n]`` int64 where the logits of each row's wanted columns are among those that are computed; -1 for padding.
         rows: ``[K]`` int64 which of the model's logits those are; None for all.
     """
 
-    def __init__(self, arguments: dict[str, Any], step: ExitStack, *, caller: Any, places: Int64Array, rows: Tensor | None) -> None:
+    def __init__(
+        self, arguments: dict[str, Any], step: ExitStack, *, cache: Any, caller: Any, places: Int64Array, rows: Tensor | None
+    ) -> None:
         self.arguments = arguments
         self._step = step
+        self._cache = cache
         self._caller = caller
         self._places = places
         self._rows = rows
@@ -104,12 +110,12 @@ class PackedForward:
             UnsupportedModelError: not every layer was stored and read.
         """
         self._step.close()
-        logits, cache = logits_of(output), self.arguments["past_key_values"]
+        logits = logits_of(output)
 
         def translated(value: Any) -> Any:
             if value is logits:
                 return self._laid_out(logits[0] if self._rows is None else logits[0, self._rows])
-            return self._caller if value is cache else value
+            return self._caller if value is self._cache else value
 
         if isinstance(output, tuple):
             return tuple(map(translated, output))

@@ -5,7 +5,6 @@ Owns the tokens of the trial. Whether it computes the same over blocks is found 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +64,8 @@ def run_reference(model: PreTrainedModel) -> Reference:
         raise UnsupportedModelError(f"{name} failed over transformers' own cache: {type(error).__name__}: {error}") from error
     found, found_cross = _tensors(cache), _tensors(cross)
     if not found:
-        raise UnsupportedModelError(f"{name} stored no K/V: its layers do not use the cache that they are given")
+        why = "it keeps recurrent state alone" if keeps_states(cache) else "its layers do not use the cache that they are given"
+        raise UnsupportedModelError(f"{name} stored no K/V: {why}")
     tensors = [tensor for pair in (*found.values(), *found_cross.values()) for tensor in pair]
     dtypes, devices = {tensor.dtype for tensor in tensors}, {tensor.device for tensor in tensors}
     if len(dtypes) > 1 or len(devices) > 1:
@@ -105,9 +105,7 @@ def _check(model: object) -> None:
         raise UnsupportedModelError(f"the encoder of {name} reads {model.main_input_name}: only tokens are supported")
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} does not generate: load it with AutoModelForCausalLM")
-    ModelCall(model)  # refuses a model that takes no past_key_values
-    if "cache_params" in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{name} takes its cache as cache_params, not past_key_values: it keeps recurrent state alone")
+    ModelCall(model)  # refuses a model that takes no cache
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
     if is_compiled(model):
@@ -130,6 +128,7 @@ def _run_both(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(_SEED)
     token_ids = torch.randint(3, num_token_ids(model), (2, len(_PADDING), columns), generator=generator).to(model.device)
     mask = (torch.arange(columns) < columns - torch.tensor(_PADDING)[:, None]).long().to(model.device)
+    name = ModelCall(model).cache_argument
     logits, end = [], 0
     with torch.no_grad():
         encoder: Any = model.get_encoder()
@@ -137,7 +136,7 @@ def _run_both(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
         for count in _CHUNKS:
             begin, end = end, end + count
             arguments = {"encoder_outputs": encoded, "attention_mask": mask, "decoder_input_ids": token_ids[1, :, begin:end]}
-            logits.append(logits_of(model(**arguments, past_key_values=cache, use_cache=True))[:, -1].float())
+            logits.append(logits_of(model(**arguments, **{name: cache}, use_cache=True))[:, -1].float())
     return tuple(logits)
 
 
@@ -154,7 +153,7 @@ def _run_decoder(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
             begin, end = end, end + count
             arguments: dict[str, Any] = prepare(
                 token_ids[:, begin:end],
-                past_key_values=cache,
+                **{ModelCall(model).cache_argument: cache},
                 attention_mask=mask[:, :end],
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, begin:end],
                 use_cache=True,

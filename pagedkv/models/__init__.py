@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pagedkv.models.adapters import AdaptedModel
+from pagedkv.models.call import CACHE_ARGUMENT
 from pagedkv.models.linear_products import product_dtype, why_not_packable
 from pagedkv.models.loading import load_model, load_tokenizer
 from pagedkv.models.masks import classify_mask
@@ -14,6 +15,7 @@ from pagedkv.models.selfcheck import SelfCheck
 from pagedkv.models.tiers import TierName, TierReport
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "PROCESSOR_OPTIONS",
     "AdaptedModel",
     "MemoryPlan",

@@ -11,8 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from pagedkv.errors import UnsupportedModelError
+
+# What a model calls its cache: from transformers 5.24 on, before, and recurrent models before. A model that is not transformers' own may
+# keep an older name.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What the models of the installed transformers, and their ``generate``, call the argument that takes a cache."""
+
+
+def cache_argument(module: torch.nn.Module) -> str:
+    """The name under which a layer takes the cache; ``CACHE_ARGUMENT`` where it takes anything by name."""
+    parameters = _parameters(module)
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENT)
 
 
 class ModelCall:
@@ -22,10 +35,11 @@ class ModelCall:
         model: the model; its signature is read here, once.
 
     Raises:
-        UnsupportedModelError: the model takes neither ``past_key_values`` nor ``cache_params``.
+        UnsupportedModelError: the model takes no cache under any name of ``CACHE_ARGUMENTS``.
 
     Attributes:
         model: the model.
+        cache_argument: what it calls its cache.
         takes_positions: whether it takes ``position_ids``, so that tokens of one row can be of several sequences.
         takes_mask: whether it takes an ``attention_mask``, so that rows can be of several lengths.
     """
@@ -38,11 +52,11 @@ class ModelCall:
         def takes(name: str) -> bool:
             return name in outer or (passes_on and name in inner)
 
-        names = [name for name in ("past_key_values", "cache_params") if takes(name)]
+        names = [name for name in CACHE_ARGUMENTS if takes(name)]
         if not names:
-            raise UnsupportedModelError(f"{type(model).__name__}.forward takes no past_key_values: it keeps no K/V that could be paged")
+            raise UnsupportedModelError(f"{type(model).__name__}.forward takes no cache: it keeps no K/V that could be paged")
         self.model = model
-        self._cache_name = names[0]
+        self.cache_argument = names[0]
         self.takes_positions = takes("position_ids")
         self.takes_mask = takes("attention_mask")
         self._keeps = "logits_to_keep" in outer
@@ -65,7 +79,7 @@ class ModelCall:
         Returns:
             ``[R, C, V]`` logits.
         """
-        arguments: dict[str, Any] = {self._cache_name: cache}
+        arguments: dict[str, Any] = {self.cache_argument: cache}
         if self.takes_positions:
             arguments["position_ids"] = positions
         if attention_mask is not None:

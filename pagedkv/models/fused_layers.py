@@ -182,12 +182,13 @@ class FusedLayer:
         *,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: object = None,
         past_key_values: object = None,
         **others: object,
     ) -> Tensor | None:
         """``[1, T, H]`` of ``x [1, T, H]``; None where this is not the call that was proven."""
-        step = active_step()
-        if type(step) is not PagedStep or type(past_key_values) is not CacheFacade or position_embeddings is None:
+        step, given = active_step(), past_key_values if cache is None else cache
+        if type(step) is not PagedStep or type(given) is not CacheFacade or position_embeddings is None:
             return None
         cos, sin = position_embeddings
         if x.dtype is not self._dtype or x.shape[0] != 1 or not are_angles(cos, sin, x.dtype, x.shape[1], self._attention.width):

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from pagedkv.attention.native.operations import DTYPES, Operations
 from pagedkv.models.bridge import pointed_at_us
+from pagedkv.models.call import cache_argument
 from pagedkv.models.context import AttentionCall, MaskFunction, activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.probe import checked_layer
@@ -64,7 +65,7 @@ def order_of_norms(layer: nn.Module, norms: list[str], attention: str, mlp: str)
     generator = torch.Generator().manual_seed(_SEED)
     x = torch.randn((1, _ROWS, 8), generator=generator)
     stubs = {norms[0]: _Stub(1.1), norms[1]: _Stub(0.7), attention: _Stub(1.7, in_tuple=True), mlp: _Stub(0.4)}
-    passed = {"attention_mask": torch.zeros(1), "position_embeddings": (x, x), "past_key_values": object()}
+    passed = {"attention_mask": torch.zeros(1), "position_embeddings": (x, x), cache_argument(layer): object()}
     try:
         theirs = emptied(layer, {}, dict(stubs))(x, position_ids=torch.arange(_ROWS)[None], use_cache=True, **passed)
     except Exception:  # whatever a module raises, it is not one of ours
@@ -120,7 +121,7 @@ def as_attention(module: nn.Module, configs: tuple[PreTrainedConfig, ...], width
                 hidden_states=x,
                 attention_mask=None,
                 position_ids=torch.arange(_ROWS)[None],
-                past_key_values=CacheFacade(trial),
+                **{cache_argument(module): CacheFacade(trial)},
                 use_cache=True,
                 position_embeddings=(cos, sin),
             )

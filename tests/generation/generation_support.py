@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pagedkv import CachePool, PagedCache
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.testing.models import TINY_MODELS, TINY_SIZES, WINDOW, randomised, tiny_model
 
 _BASE: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
@@ -84,7 +85,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_
 
 def generate(model: PreTrainedModel, tokens: Tensor, cache: PagedCache | None, **settings: Any) -> Tensor:
     torch.manual_seed(0)
-    result = model.generate(tokens, past_key_values=cache, **{**SETTINGS, **settings})
+    result = model.generate(tokens, **{CACHE_ARGUMENT: cache}, **{**SETTINGS, **settings})
     assert isinstance(result, Tensor)
     return result
 

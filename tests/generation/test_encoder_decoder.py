@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, Encode
 
 from pagedkv import CachePool, PagedCache, PagedEncoderDecoderCache
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, OutOfBlocksError, UnsupportedModelError
+from pagedkv.models import CACHE_ARGUMENT
 
 _BART: dict[str, Any] = {
     "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -54,7 +55,7 @@ def sources(seed: int) -> tuple[Tensor, Tensor]:
 def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Any, **settings: Any) -> Tensor:
     torch.manual_seed(0)
     fixed = {"max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, **settings}
-    result = model.generate(tokens, attention_mask=mask, past_key_values=cache, **fixed)
+    result = model.generate(tokens, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **fixed)
     assert isinstance(result, Tensor)
     return result
 
@@ -97,7 +98,7 @@ def test_rows_of_the_same_decoder_tokens_and_other_inputs_are_kept_apart(pool: C
         for columns in (slice(0, 2), slice(2, 3)):
             outputs = [
                 pool.model(
-                    input_ids=tokens, attention_mask=mask, decoder_input_ids=decoder[:, columns], past_key_values=past, use_cache=True
+                    input_ids=tokens, attention_mask=mask, decoder_input_ids=decoder[:, columns], **{CACHE_ARGUMENT: past}, use_cache=True
                 )
                 for past in (cache, own)
             ]
@@ -116,7 +117,7 @@ def test_copies_share_both_tables(pool: CachePool) -> None:
     tokens, mask = sources(4)
     want = generate(pool.model, tokens, mask, None)
     with torch.no_grad(), PagedEncoderDecoderCache(pool) as cache:
-        pool.model(input_ids=tokens, attention_mask=mask, decoder_input_ids=want[:, :4], past_key_values=cache, use_cache=True)
+        pool.model(input_ids=tokens, attention_mask=mask, decoder_input_ids=want[:, :4], **{CACHE_ARGUMENT: cache}, use_cache=True)
         held = pool.num_blocks_in_use, pool.num_cross_blocks_in_use
         with copy.deepcopy(cache) as other:
             assert (pool.num_blocks_in_use, pool.num_cross_blocks_in_use) == held
@@ -151,7 +152,7 @@ def test_too_small_pool_gives_everything_back() -> None:
         cache.reset()
         assert pool.num_blocks_in_use == pool.num_cross_blocks_in_use == 0
         with pytest.raises(InvalidRequestError, match="rows"), torch.no_grad():
-            pool.model(decoder_input_ids=tokens[:, :1], encoder_outputs=(torch.zeros(2, 9, 32),), past_key_values=cache, use_cache=True)
+            pool.model(decoder_input_ids=tokens[:, :1], encoder_outputs=(torch.zeros(2, 9, 32),), **{CACHE_ARGUMENT: cache}, use_cache=True)
         want = generate(pool.model, tokens, mask, None, max_new_tokens=4)
         assert_same_tokens(generate(pool.model, tokens, mask, cache, max_new_tokens=4), want, "afterwards")
     with pytest.raises(ClosedError, match="closed"):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, DynamicCache
 
 from pagedkv import CachePool, ModelRunner, PagedCache
 from pagedkv.errors import ConfigError
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.testing.models import randomised
 
 
@@ -45,8 +46,8 @@ def both(pool: CachePool, steps: list[tuple[tuple[Any, ...], dict[str, Any]]], m
     with torch.no_grad(), PagedCache(pool) as cache:
         for place, past in enumerate((cache, DynamicCache(config=pool.model.config))):
             for args, kwargs in steps:
-                output = pool.model(*args, **kwargs, past_key_values=past, use_cache=True)
-                assert (output[1] if isinstance(output, tuple) else output.past_key_values) is past
+                output = pool.model(*args, **kwargs, **{CACHE_ARGUMENT: past}, use_cache=True)
+                assert (output[1] if isinstance(output, tuple) else output[CACHE_ARGUMENT]) is past
                 results[place].append(output[0])
     for ours, own in zip(*results, strict=True):
         seen = torch.ones(own.shape[:2], dtype=torch.bool) if mask is None else mask[:, -own.shape[1] :].bool()
@@ -62,7 +63,7 @@ def test_logits_of_all_columns_come_back_where_they_belong(pool: CachePool) -> N
     both(pool, [((tokens,), kwargs)], mask)
     for keep in (3, torch.tensor([2, 8, 5])):
         with torch.no_grad(), PagedCache(pool) as cache:
-            got = pool.model(tokens, **kwargs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            got = pool.model(tokens, **kwargs, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=keep).logits
             want = pool.model(tokens, **kwargs, logits_to_keep=keep).logits
         torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-4)
         assert got.shape == want.shape
@@ -97,7 +98,7 @@ def test_cached_prefix_is_not_computed_again_unless_its_logits_are_wanted(pool: 
         assert widths.shapes[0] == (1, 14)
         assert widths.shapes[12] == (1, 2)
         with PagedCache(pool, namespace="prefix") as three, torch.no_grad():
-            got = pool.model(tokens, past_key_values=three, use_cache=True).logits
+            got = pool.model(tokens, **{CACHE_ARGUMENT: three}, use_cache=True).logits
         assert widths.shapes[-1] == (1, 14)
         torch.testing.assert_close(got, pool.model(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -114,7 +115,7 @@ def test_forward_that_wants_more_than_logits_is_dense_between_packed_ones(pool: 
     with torch.no_grad(), PagedCache(pool) as cache, Widths(pool) as widths:
         for past, results in ((cache, got), (DynamicCache(config=pool.model.config), want)):
             for columns, options in ((slice(0, 5), {}), (slice(5, 7), {extra: True}), (slice(7, 9), {})):
-                results.append(pool.model(tokens[:, columns], past_key_values=past, use_cache=True, **options))
+                results.append(pool.model(tokens[:, columns], **{CACHE_ARGUMENT: past}, use_cache=True, **options))
     assert widths.shapes[:3] == [(1, 10), (2, 2), (1, 4)]
     for ours, own in zip(got, want, strict=True):
         torch.testing.assert_close(ours.logits, own.logits, rtol=1e-4, atol=1e-4)

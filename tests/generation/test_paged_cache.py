@@ -23,6 +23,7 @@ from pagedkv.errors import (
     StepError,
     UnsupportedModelError,
 )
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.testing.models import randomised
 
 
@@ -78,11 +79,11 @@ def test_continued_chat_with_padding_between_turns_gives_the_same_tokens(pool: C
 def test_hidden_tail_of_a_row_is_given_back(pool: CachePool) -> None:
     tokens, mask = prompts(2, 12, seed=3)
     with torch.no_grad(), PagedCache(pool) as cache:
-        pool.model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        pool.model(tokens, attention_mask=mask, **{CACHE_ARGUMENT: cache}, use_cache=True)
         assert cache.num_blocks == 6
         mask[1, 3:] = 0
         grown = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        pool.model(tokens[:, :1], attention_mask=grown, past_key_values=cache, use_cache=True)
+        pool.model(tokens[:, :1], attention_mask=grown, **{CACHE_ARGUMENT: cache}, use_cache=True)
         assert cache.num_blocks == 4 + 1
 
 
@@ -92,9 +93,9 @@ def test_token_hidden_in_the_middle_is_not_attended(pool: CachePool) -> None:
     with torch.no_grad(), PagedCache(pool) as cache:
         for past in (cache, DynamicCache(config=pool.model.config)):
             mask = torch.ones_like(mask)
-            pool.model(tokens[:, :8], attention_mask=mask[:, :8], past_key_values=past, use_cache=True)
+            pool.model(tokens[:, :8], attention_mask=mask[:, :8], **{CACHE_ARGUMENT: past}, use_cache=True)
             mask[0, 2:5] = 0
-            logits.append(pool.model(tokens[:, 8:], attention_mask=mask, past_key_values=past, use_cache=True).logits)
+            logits.append(pool.model(tokens[:, 8:], attention_mask=mask, **{CACHE_ARGUMENT: past}, use_cache=True).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
@@ -103,7 +104,7 @@ def test_copies_of_a_prefilled_cache_share_its_blocks(pool: CachePool, make: Any
     prompt, _ = prompts(1, 18, seed=7)
     with PagedCache(pool) as prefilled:
         with torch.no_grad():
-            pool.model(prompt, past_key_values=prefilled, use_cache=True)
+            pool.model(prompt, **{CACHE_ARGUMENT: prefilled}, use_cache=True)
         assert pool.num_blocks_in_use == 5
         ends = [prompts(1, 3, seed=seed)[0] for seed in (8, 9, 10)]
         copies = [make(prefilled) for _ in ends]
@@ -122,7 +123,7 @@ def test_copies_of_a_prefilled_cache_share_its_blocks(pool: CachePool, make: Any
 def test_one_prefilled_row_is_repeated_for_a_batch(pool: CachePool) -> None:
     prompt, _ = prompts(1, 16, seed=11)
     with PagedCache(pool) as cache, torch.no_grad():
-        pool.model(prompt, past_key_values=cache, use_cache=True)
+        pool.model(prompt, **{CACHE_ARGUMENT: cache}, use_cache=True)
         cache.batch_repeat_interleave(3)
         whole = torch.cat([prompt.repeat(3, 1), torch.tensor([[4], [9], [33]])], dim=1)
         assert_same_tokens(generate(pool.model, whole, cache), generate(pool.model, whole, None), "repeated")
@@ -139,9 +140,9 @@ def test_cropped_cache_goes_on_from_what_is_left(pool: CachePool) -> None:
     with torch.no_grad(), PagedCache(pool) as cache:
         own = DynamicCache()
         for past in (cache, own):
-            pool.model(tokens, attention_mask=mask, past_key_values=past, use_cache=True)
+            pool.model(tokens, attention_mask=mask, **{CACHE_ARGUMENT: past}, use_cache=True)
             past.crop(-8)
-            logits.append(pool.model(tokens[:, 4:], attention_mask=mask, past_key_values=past, use_cache=True).logits[:, -1])
+            logits.append(pool.model(tokens[:, 4:], attention_mask=mask, **{CACHE_ARGUMENT: past}, use_cache=True).logits[:, -1])
         assert cache.get_seq_length() == 12
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
@@ -287,7 +288,7 @@ def test_closed_cache_is_refused_by_everything(pool: CachePool) -> None:
     cache.close()
     for use in (
         lambda: generate(pool.model, tokens, cache),
-        lambda: pool.model(tokens, past_key_values=cache),
+        lambda: pool.model(tokens, **{CACHE_ARGUMENT: cache}),
         lambda: cache.get_seq_length(),
         lambda: cache.crop(0),
         lambda: cache.reorder_cache(torch.tensor([0])),
@@ -302,7 +303,7 @@ def test_other_model_or_a_part_of_the_model_is_refused(pool: CachePool) -> None:
     tokens, _ = prompts(1, 5, seed=22)
     other = small_model("llama")
     with PagedCache(pool) as cache, torch.no_grad():
-        for use in (lambda: generate(other, tokens, cache), lambda: pool.model.base_model(tokens, past_key_values=cache)):
+        for use in (lambda: generate(other, tokens, cache), lambda: pool.model.base_model(tokens, **{CACHE_ARGUMENT: cache})):
             with pytest.raises(InvalidRequestError, match="another model or to a part"):
                 use()
         assert pool.num_blocks_in_use == 0
@@ -312,14 +313,14 @@ def test_other_model_or_a_part_of_the_model_is_refused(pool: CachePool) -> None:
 def test_other_number_of_rows_or_columns_is_refused(pool: CachePool) -> None:
     tokens, mask = prompts(2, 6, seed=23, padding=(2,))
     with PagedCache(pool) as cache, torch.no_grad():
-        pool.model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        pool.model(tokens, attention_mask=mask, **{CACHE_ARGUMENT: cache}, use_cache=True)
         for rows, message in ((3, "holds 2 rows and the forward has 3"), (2, "was padding when it came")):
             with pytest.raises(InvalidRequestError, match=message):
-                pool.model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+                pool.model(torch.ones(rows, 1, dtype=torch.long), **{CACHE_ARGUMENT: cache}, use_cache=True)
         with pytest.raises(InvalidRequestError, match=r"\[2, 7\] is needed"):
-            pool.model(tokens[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+            pool.model(tokens[:, :1], attention_mask=mask, **{CACHE_ARGUMENT: cache}, use_cache=True)
         with pytest.raises(InvalidRequestError, match="use_cache"):
-            pool.model(tokens[:, :1], past_key_values=cache, use_cache=False)
+            pool.model(tokens[:, :1], **{CACHE_ARGUMENT: cache}, use_cache=False)
         with pytest.raises(InvalidRequestError, match="negative"):
             cache.crop(3)
         with pytest.raises(InvalidRequestError, match="has 6"):
@@ -352,7 +353,7 @@ def test_models_that_keep_no_plain_cache_are_refused_by_name() -> None:
     mamba = randomised(AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8))
     compiled = small_model("llama")
     compiled._compiled_call_impl = compiled._call_impl  # what compile() leaves, without the seconds that its import takes
-    for wrong, message in ((mamba, "Mamba.*past_key_values"), (compiled, "compile"), (torch.nn.Linear(2, 2), "not a transformers")):
+    for wrong, message in ((mamba, "Mamba.*recurrent state alone"), (compiled, "compile"), (torch.nn.Linear(2, 2), "not a transformers")):
         with pytest.raises(UnsupportedModelError, match=message):
             PagedCache(wrong)
 
@@ -369,7 +370,7 @@ def hybrid() -> Iterator[CachePool]:
 def test_copies_of_a_cache_with_states_go_on_by_themselves(hybrid: CachePool) -> None:
     prompt, _ = prompts(1, 9, seed=40)
     with PagedCache(hybrid) as prefilled, torch.no_grad():
-        hybrid.model(prompt, past_key_values=prefilled, use_cache=True)
+        hybrid.model(prompt, **{CACHE_ARGUMENT: prefilled}, use_cache=True)
         for seed in (41, 42):
             whole = torch.cat([prompt, prompts(1, 1, seed=seed)[0]], dim=1)
             with copy.copy(prefilled) as each:
@@ -387,13 +388,13 @@ def test_recurrent_state_cannot_be_cropped_and_a_failed_forward_empties_the_cach
         raise _StopError
 
     with PagedCache(hybrid) as cache, torch.no_grad():
-        hybrid.model(prompt, past_key_values=cache, use_cache=True)
+        hybrid.model(prompt, **{CACHE_ARGUMENT: cache}, use_cache=True)
         with pytest.raises(InvalidRequestError, match="recurrent"):
             cache.crop(-1)
         assert cache.get_seq_length() == 9
         hook = hybrid.model.get_output_embeddings().register_forward_hook(stop)
         with pytest.raises(_StopError):
-            hybrid.model(prompt[:, :1], past_key_values=cache, use_cache=True)
+            hybrid.model(prompt[:, :1], **{CACHE_ARGUMENT: cache}, use_cache=True)
         hook.remove()
         assert cache.batch_size == -1
         assert not cache.has_previous_state()
@@ -451,10 +452,10 @@ def test_forward_that_fails_leaves_the_cache_as_it_was(pool: CachePool, error: t
         raise error
 
     with PagedCache(pool) as cache, torch.no_grad():
-        pool.model(tokens[:, :5], past_key_values=cache, use_cache=True)
+        pool.model(tokens[:, :5], **{CACHE_ARGUMENT: cache}, use_cache=True)
         hook = list(pool.model.modules())[-1].register_forward_hook(stop)
         with pytest.raises(error):
-            pool.model(tokens[:, 5:], past_key_values=cache, use_cache=True)
+            pool.model(tokens[:, 5:], **{CACHE_ARGUMENT: cache}, use_cache=True)
         hook.remove()
         assert cache.get_seq_length() == 5
         assert pool.num_blocks_in_use == 4
@@ -469,11 +470,11 @@ def test_failed_forward_that_was_to_copy_blocks_leaves_the_cache_empty(pool: Cac
         raise _StopError
 
     with PagedCache(pool) as cache, torch.no_grad():
-        pool.model(tokens, past_key_values=cache, use_cache=True)
+        pool.model(tokens, **{CACHE_ARGUMENT: cache}, use_cache=True)
         with copy.copy(cache) as other:
             hook = list(pool.model.modules())[-1].register_forward_hook(stop)
             with pytest.raises(_StopError):
-                pool.model(tokens[:, :1], past_key_values=other, use_cache=True)
+                pool.model(tokens[:, :1], **{CACHE_ARGUMENT: other}, use_cache=True)
             hook.remove()
             assert other.batch_size == -1
         assert cache.get_seq_length() == 6
@@ -490,7 +491,7 @@ def test_cache_used_by_two_threads_at_once_is_refused(pool: CachePool) -> None:
 
     def run() -> None:
         with torch.no_grad():
-            pool.model(tokens, past_key_values=cache, use_cache=True)
+            pool.model(tokens, **{CACHE_ARGUMENT: cache}, use_cache=True)
 
     with PagedCache(pool) as cache:
         hook = list(pool.model.modules())[-1].register_forward_hook(wait)
@@ -514,7 +515,7 @@ def test_two_threads_with_a_cache_each_take_turns(pool: CachePool) -> None:
 
     def run(number: int) -> None:
         with PagedCache(pool) as cache:
-            got[number] = pool.model.generate(batches[number], past_key_values=cache, **SETTINGS)
+            got[number] = pool.model.generate(batches[number], **{CACHE_ARGUMENT: cache}, **SETTINGS)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
     for thread in threads:

@@ -12,6 +12,7 @@ from generation_support import small_model
 from transformers import DynamicCache
 
 from pagedkv import CachePool, PagedCache
+from pagedkv.models import CACHE_ARGUMENT
 from pagedkv.models.tiers import TierName
 
 
@@ -43,7 +44,7 @@ class Life:
         arguments = {"attention_mask": self.mask, "position_ids": positions, "use_cache": True}
         self.pool.fill_free_blocks(float("nan"))
         with torch.no_grad():
-            got, want = (self.pool.model(tokens, **arguments, past_key_values=past).logits for past in (self.ours, self.own))
+            got, want = (self.pool.model(tokens, **arguments, **{CACHE_ARGUMENT: past}).logits for past in (self.ours, self.own))
         torch.testing.assert_close(got[new.bool()], want[new.bool()], rtol=1e-4, atol=1e-4)
 
     def select(self) -> None:

@@ -20,7 +20,7 @@ from pagedkv import LLM, SamplingParams
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.operations import Operations
 from pagedkv.errors import ConfigError, UnsupportedModelError
-from pagedkv.models import ModelRunner, fused_layers, fused_modules, fused_rotation
+from pagedkv.models import CACHE_ARGUMENT, ModelRunner, fused_layers, fused_modules, fused_rotation
 from pagedkv.models.bridge import attention_configs
 from pagedkv.models.call import ModelCall
 from pagedkv.models.linear_products import why_not_packable
@@ -458,7 +458,7 @@ def test_fuse_layers_an_attention_that_only_looks_like_one_is_left_alone(what: s
     class Changed(type(attention)):  # type: ignore[misc]
         def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             if what == "its keys are doubled":
-                kwargs["past_key_values"] = Doubling(kwargs["past_key_values"])
+                kwargs[CACHE_ARGUMENT] = Doubling(kwargs[CACHE_ARGUMENT])
                 return super().forward(hidden_states, *args, **kwargs)
             return ALMOST_ATTENTIONS[what](self, super().forward(hidden_states, *args, **kwargs))
 
@@ -482,8 +482,8 @@ class Doubling:
     def __init__(self, cache: Any) -> None:
         self.cache = cache
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        stored: tuple[Tensor, Tensor] = self.cache.update(2 * key, value, layer_idx)
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, **others: Any) -> tuple[Tensor, Tensor]:
+        stored: tuple[Tensor, Tensor] = self.cache.update(2 * key, value, layer_idx, **others)
         return stored
 
 

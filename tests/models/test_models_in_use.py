@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pagedkv import LLM, SamplingParams
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.models import ModelRunner, load_model
+from pagedkv.models import CACHE_ARGUMENT, ModelRunner, load_model
 from pagedkv.testing.models import tiny_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 9, 10, 11, 12, 20, 21], [40], [50, 51, 52, 53, 54, 55]]
@@ -321,7 +321,7 @@ def test_model_that_wants_a_cache_class_of_its_own_is_refused_by_name() -> None:
     model = tiny_model("llama")
 
     def only_its_own(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
-        if type(named.get("past_key_values")).__name__ not in ("DynamicCache", "NoneType"):
+        if type(named.get(CACHE_ARGUMENT)).__name__ not in ("DynamicCache", "NoneType"):
             raise ValueError("MiniMax uses its own MiniMaxCache")
 
     model.model.register_forward_pre_hook(only_its_own, with_kwargs=True)
@@ -331,8 +331,6 @@ def test_model_that_wants_a_cache_class_of_its_own_is_refused_by_name() -> None:
 
 def test_model_that_leaves_our_cache_aside_is_refused() -> None:
     model = tiny_model("llama")
-    model.model.register_forward_pre_hook(
-        lambda module, arguments, named: (arguments, {**named, "past_key_values": None}), with_kwargs=True
-    )
+    model.model.register_forward_pre_hook(lambda module, arguments, named: (arguments, {**named, CACHE_ARGUMENT: None}), with_kwargs=True)
     with pytest.raises(UnsupportedModelError, match="stored no K/V"):
         ModelRunner(model, block_size=4)

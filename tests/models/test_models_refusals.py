@@ -27,7 +27,7 @@ BASE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("openai-gpt", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}, "no past_key_values"),
+    ("openai-gpt", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}, "no cache"),
     ("doge", BASE, "keep_window_size"),
 ]
 

@@ -11,7 +11,7 @@ import torch
 from pagedkv.core import KVCacheManager
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import InvalidRequestError, UnknownHandleError
-from pagedkv.models import ModelRunner
+from pagedkv.models import CACHE_ARGUMENT, ModelRunner
 from pagedkv.observe import SequenceView, inspect_sequence, view_sequence
 from pagedkv.observe.view import shown_blocks
 from pagedkv.sampling import SamplingParams
@@ -41,7 +41,7 @@ def test_view_of_a_running_request_equals_the_models_own_keys(engine: Engine, ru
     assert view.block_table == engine.snapshot().sequences[0].block_tables[0]
     assert view.slot == view.block_table[1] * 4 + 2 == view.slots[6]
     with torch.inference_mode():
-        own = runner.model(torch.tensor([PROMPT]), use_cache=True).past_key_values.layers[1].keys[0, :, 6]
+        own = runner.model(torch.tensor([PROMPT]), use_cache=True)[CACHE_ARGUMENT].layers[1].keys[0, :, 6]
     torch.testing.assert_close(torch.tensor(view.key), own, rtol=1e-4, atol=1e-5)
 
 
