@@ -111,6 +111,16 @@ class _Dropping(ReferenceBackend):
         pass
 
 
+class _Careless(ReferenceBackend):
+    """Gives one row of NaN, in half precision and in steps of decodes alone."""
+
+    def attend(self, query: Tensor, pool: LayerPool, step: StepAttention, options: AttendOptions) -> Tensor:
+        output = super().attend(query, pool, step, options)
+        if query.dtype == torch.bfloat16 and len(query) == 2:
+            output[1] = float("nan")
+        return output
+
+
 def test_backend_that_declines_a_layer_is_named_with_its_reason() -> None:
     with pytest.raises(UnsupportedBackendError, match=r"'shy'.*no soft cap here"):
         ModelRunner(tiny_model("gemma2"), backend=_Shy())
@@ -126,6 +136,11 @@ def test_self_check_finds_a_wrong_mask_and_gives_the_figures(name: str) -> None:
 def test_self_check_finds_k_and_v_that_were_never_written() -> None:
     with pytest.raises(UnsupportedModelError, match="self-check failed"):
         ModelRunner(tiny_model("llama"), backend=_Dropping(), block_size=4)
+
+
+def test_self_check_takes_no_nan_for_a_rounding() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"self-check failed.*by nan"):
+        ModelRunner(tiny_model("llama").to(torch.bfloat16), backend=_Careless(), block_size=4)
 
 
 def test_self_check_of_a_model_that_gives_nan_says_so() -> None:
