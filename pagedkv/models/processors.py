@@ -78,7 +78,7 @@ def build_processors(
     eos = list(eos_token_ids(model)) or None
     factory: Any = model  # these methods come from GenerationMixin, which a PreTrainedModel need not have
     try:
-        config = GenerationConfig(**options, eos_token_id=eos, num_beams=1)  # type: ignore[no-untyped-call]
+        config = GenerationConfig(**options, eos_token_id=eos, num_beams=1, num_return_sequences=1)  # type: ignore[no-untyped-call]
         factory._prepare_special_tokens(config, device=model.device)
         return list(
             factory._get_logits_processor(
