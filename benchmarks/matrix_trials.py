@@ -145,6 +145,8 @@ def try_continuous_batching(
 def _tier(runner: ModelRunner) -> str:
     tier = runner.tier
     parts = [tier.name]
+    if tier.adapters:
+        parts.append("by an adapter")
     if "gathered" in tier.layers:
         parts.append("layers gathered")
     if tier.recurrent_state != "none":

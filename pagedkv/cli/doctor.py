@@ -103,7 +103,7 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
     plan = plan_memory(model, block_size=options.block_size)
     findings = [
         Finding("model", f"{type(model).__name__}, {runner.dtype} on {runner.device}"),
-        Finding("tier", _WAYS[runner.tier.name].format(runner.backend_name), _against(runner.tier)),
+        Finding("tier", _WAYS[runner.tier.name].format(runner.backend_name), _about_tier(runner.tier)),
         _self_check(runner.report),
         _layers(runner),
         _groups(runner),
@@ -134,8 +134,9 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
     return findings, 0
 
 
-def _against(tier: TierReport) -> tuple[str, ...]:
-    return tuple(f"not {name}: {reason}" for name, reason in tier.rejected.items())
+def _about_tier(tier: TierReport) -> tuple[str, ...]:
+    by_adapter = (f"by an adapter for {name}, which has no attention interface, as long as a step runs" for name in tier.adapters)
+    return (*by_adapter, *(f"not {name}: {reason}" for name, reason in tier.rejected.items()))
 
 
 def _self_check(report: SelfCheck) -> Finding:

@@ -129,6 +129,9 @@ class CachePool:
                     "generate() rotates a whole batch at the frequencies of its longest row, packed forwards do not"
                 )
             runner = ModelRunner(self._model, block_size=block_size, tier="packed", pack_linears=pack_linears, fuse=fuse)
+            if runner.layers != reference.layers:
+                runner.close()
+                raise UnsupportedModelError("packed forwards store K/V in another form than the model's own, which dense ones read")
         except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
             setting = isinstance(error, ConfigError) and not isinstance(error, UnsupportedModelError | UnsupportedBackendError)
             if tier == "packed" or setting:

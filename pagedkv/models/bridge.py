@@ -28,12 +28,31 @@ _ATTRIBUTE = "_attn_implementation_internal"
 _PREFIX = "pagedkv_"
 
 
+class _Name(str):
+    """A name of ours that outside of a step is equal to the former one, too.
+
+    Some models choose their code by comparing the name, and a forward in another thread must choose what it did before.
+    """
+
+    former: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and (str.__eq__(self, other) or (active_step() is None and other == self.former))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__  # of its own name, under which the functions are registered
+
+
 def implementation_name(previous: str) -> str:
     """The name under which our functions stand in for the implementation ``previous``.
 
     The former name is spelled in hexadecimal: modeling code tests names for substrings such as ``flash`` and ``sdpa``.
     """
-    return f"{_PREFIX}{previous.encode().hex()}"
+    name = _Name(f"{_PREFIX}{previous.encode().hex()}")
+    name.former = previous
+    return name
 
 
 def register(previous: str) -> str:

@@ -35,6 +35,7 @@ class AttentionCall:
         softcap: the bound of the soft cap, or None.
         window: the sliding window that the module states by keyword, or None.
         sinks: ``[Hq]`` logits of attention sinks, or None.
+        alibi_slopes: ``[Hq]`` as those of ``AttendOptions``, or None.
     """
 
     module: torch.nn.Module
@@ -45,7 +46,8 @@ class AttentionCall:
     scale: float
     softcap: float | None
     window: int | None
-    sinks: Tensor | None
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
 
 class StepContext(Protocol):

@@ -101,6 +101,7 @@ class DenseTier:
     """
 
     attention = "own"
+    adapters = ()
 
     def __init__(self, call: ModelCall, replacements: Replacements, *, equal: bool) -> None:
         self.name = "dense-equal" if equal else "dense"

@@ -122,10 +122,13 @@ class MaskCarriers:
 
     Args:
         shapes_only: take what cannot be classified for causal, because only shapes are of interest (models without weights).
+        harmless: that models may compute with carriers, in vain, because whoever attends knows the mask without what comes of it:
+            they are on the model's device, and have one row.
     """
 
-    def __init__(self, *, shapes_only: bool = False) -> None:
+    def __init__(self, *, shapes_only: bool = False, harmless: bool = False) -> None:
         self._shapes_only = shapes_only
+        self._harmless = harmless
         self._carriers: dict[Mask, Tensor] = {}
         self._by_storage: dict[int, Mask] = {}
         self._remembered: dict[Hashable, Mask | None] = {}
@@ -142,7 +145,9 @@ class MaskCarriers:
         A mask of no known kind gets one too, that ``mask_of`` refuses: models make masks that none of their layers uses.
         """
         mask = self._classified(mask_function, device)
-        return (self._unknown if mask is None else self._known(mask)).expand(1, 1, int(num_queries), 1)
+        where = device if self._harmless and device is not None else torch.device("cpu")
+        carrier = self._unknown if mask is None else self._known(mask, where)
+        return carrier.expand(1, 1, 1 if self._harmless else int(num_queries), 1)
 
     def mask_of(self, carrier: Tensor) -> Mask:
         """The mask that a carrier, or a view of one, stands for."""
@@ -154,10 +159,10 @@ class MaskCarriers:
             raise UnsupportedModelError("the model's attention mask is none of causal, sliding window and chunked")
         raise UnsupportedModelError("the model computes on its attention mask instead of only passing it to attention")
 
-    def _known(self, mask: Mask) -> Tensor:
+    def _known(self, mask: Mask, device: torch.device) -> Tensor:
         base = self._carriers.get(mask)
         if base is None:
-            base = torch.zeros((1, 1, 1, 1), device="cpu")
+            base = torch.zeros((1, 1, 1, 1), device=device)
             self._carriers[mask] = base
             self._by_storage[base.untyped_storage().data_ptr()] = mask
         return base

@@ -16,6 +16,7 @@ from transformers import Cache
 
 from pagedkv.attention import AttentionBackend, AttentionSpec, get_backend
 from pagedkv.errors import UnsupportedBackendError, UnsupportedModelError
+from pagedkv.models.attention_adapters import AttentionAdapters
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import ModelCall
 from pagedkv.models.compiled import OutsideOfGraphs, is_compiled
@@ -56,15 +57,16 @@ class PackedTier:
         model = call.model
         self._call, self._replacements = call, replacements
         self._configs = attention_configs(model)
+        self._adapters = AttentionAdapters(model)
         with replacements.recording():
-            self.shape: ModelShape = probe_packed(call)
+            self.shape: ModelShape = probe_packed(call, self._adapters)
         specs = [replace(request, block_size=block_size) for request in self.shape.requests]
         self._backend = get_backend(backend, device=model.device, specs=specs)
         if is_compiled(model):
             self._backend = OutsideOfGraphs(self._backend)
         _check_backend(self._backend, specs, self.shape.dtype)
         self._index = {layer: place for place, layer in enumerate(self.shape.layer_ids)}
-        self._carriers = MaskCarriers()
+        self._carriers = MaskCarriers(harmless=bool(self._adapters.classes))
         self._options = OptionsTable(self._carriers)
         replacements.pack()
         replacements.fuse_layers(self._configs, sorted({layer.key_dim for layer in self.shape.layers}))
@@ -73,6 +75,11 @@ class PackedTier:
     def attention(self) -> str:
         """Name of the backend."""
         return self._backend.name
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Classes of attention modules that adapters stand in for."""
+        return self._adapters.classes
 
     def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Logits ``[K, V]`` of one step; see ``Tier.forward``. Cost: one forward; our own part is about 25 us a layer and 100 a step."""
@@ -97,7 +104,7 @@ class PackedTier:
             gathered=self.shape.gathered,
             masks=self.shape.masks,
         )
-        with pointed_at_us(self._configs), self._replacements.in_place(), activate(step):
+        with pointed_at_us(self._configs), self._replacements.in_place(), self._adapters.in_place(), activate(step):
             yield CacheFacade(step)
         if not step.complete:
             raise UnsupportedModelError(

@@ -6,7 +6,7 @@ does not say them for every model. On the meta device nothing is allocated and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from pagedkv.attention import AttentionSpec, Mask
 from pagedkv.errors import ConfigError, UnsupportedModelError
+from pagedkv.models.attention_adapters import AttentionAdapters
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import ModelCall
 from pagedkv.models.context import AttentionCall, MaskFunction, StepContext, activate
@@ -73,19 +74,24 @@ def probe_model(model: PreTrainedModel) -> ModelShape:
     """
     call = ModelCall(model)
     rejected: dict[str, str] = {}
-    for name, probe in (("packed", probe_packed), ("dense", probe_dense)):
+    probes: dict[str, Callable[[], ModelShape]] = {
+        "packed": lambda: probe_packed(call, AttentionAdapters(model)),
+        "dense": lambda: probe_dense(call),
+    }
+    for name, probe in probes.items():
         try:
-            return probe(call)
+            return probe()
         except UnsupportedModelError as error:
             rejected[name] = str(error)
     raise refusal(model, rejected)
 
 
-def probe_packed(call: ModelCall) -> ModelShape:
+def probe_packed(call: ModelCall, adapters: AttentionAdapters) -> ModelShape:
     """Run a few tokens through a model and record what its layers store and ask of attention.
 
     Args:
         call: how to call it; the model may live on the meta device.
+        adapters: for its attention modules.
 
     Raises:
         UnsupportedModelError: the model failed, stored nothing, or did something with K/V that paging cannot follow.
@@ -93,15 +99,16 @@ def probe_packed(call: ModelCall) -> ModelShape:
     Cost: one forward of 3 tokens, two where layers are gathered; no computation on the meta device.
     """
     name = type(call.model).__name__
-    if not type(call.model)._can_set_attn_implementation():
+    if not (adapters.classes or type(call.model)._can_set_attn_implementation()):
         raise UnsupportedModelError(f"the code of {name} does not call attention through transformers' AttentionInterface")
-    if not call.takes_positions:
+    # With an adapter, what knows positions may be attention alone.
+    if not (adapters.classes or call.takes_positions):
         raise UnsupportedModelError(f"{name}.forward takes no position_ids: sequences of a batch cannot keep their own")
     configs = attention_configs(call.model)
     changed: frozenset[int] = frozenset()
     while True:
-        step = _PackedRecording(changed, shapes_only=call.model.device.type == "meta")
-        with pointed_at_us(configs):
+        step = _PackedRecording(changed, shapes_only=call.model.device.type == "meta", adapted=bool(adapters.classes))
+        with pointed_at_us(configs), adapters.in_place():
             vocab_size = _record(call, step, CacheFacade(step))
         if step.changed <= changed:
             return step.shape(name, vocab_size, dtype=call.model.dtype)
@@ -181,16 +188,17 @@ class _PackedRecording(_Recording):
     Args:
         gathered: layers that are given all K/V of (pretended) sequences.
         shapes_only: as ``MaskCarriers`` takes it.
+        adapted: whether adapters attend.
 
     Attributes:
         changed: layers whose K/V came to attention as other tensors than those that were stored.
     """
 
-    def __init__(self, gathered: frozenset[int], *, shapes_only: bool) -> None:
+    def __init__(self, gathered: frozenset[int], *, shapes_only: bool, adapted: bool) -> None:
         super().__init__()
         self.changed: frozenset[int] = frozenset()
         self._gathered = gathered
-        self._carriers = MaskCarriers(shapes_only=shapes_only)
+        self._carriers = MaskCarriers(shapes_only=shapes_only, harmless=adapted)
         self._requests: dict[AttentionSpec, None] = {}
         self._masks: dict[int, dict[Mask, None]] = {}
         self._latest = -1
@@ -238,6 +246,7 @@ class _PackedRecording(_Recording):
             mask=mask,
             softcap=call.softcap,
             sinks=call.sinks is not None,
+            alibi=call.alibi_slopes is not None,
             scale=call.scale,
         )
 

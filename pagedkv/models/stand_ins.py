@@ -69,7 +69,6 @@ def stand_in_for(module: nn.Module, compute: Compute) -> nn.Module:
 
     Without a step in this thread, where a gradient is recorded, or where ``compute`` gives None, it computes what the module does.
     """
-    cls = type(module)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and active_step() is not None and not torch.is_grad_enabled():
@@ -78,12 +77,18 @@ def stand_in_for(module: nn.Module, compute: Compute) -> nn.Module:
                 return result
         return module.forward(*args, **kwargs)
 
+    return derived(module, {"forward": forward})
+
+
+def derived(module: nn.Module, methods: dict[str, Callable[..., Any]]) -> nn.Module:
+    """An object of a class derived from the module's own that has other methods, with the module's own ``__dict__``."""
+    cls = type(module)
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # A copy or a pickle made during a step (by another thread) is one of the module.
         return itself, (module,)
 
-    derived = type(cls.__name__, (cls,), {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__})
-    stand_in: nn.Module = object.__new__(derived)
+    stand_in: nn.Module = object.__new__(type(cls.__name__, (cls,), {**methods, "__reduce_ex__": reduce, "__module__": cls.__module__}))
     object.__setattr__(stand_in, "__dict__", vars(module))
     return stand_in
 

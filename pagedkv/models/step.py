@@ -25,38 +25,40 @@ from pagedkv.storage.slots import Slots, packed_slots
 
 _MAX_OPTIONS = 1024
 
+_ByHead = tuple[Tensor | None, Tensor | None]  # sinks and slopes, as a call gives them
+
 
 class OptionsTable:
     """The ``AttendOptions`` of a model, made once per distinct way of attending and found again at every layer and step."""
 
     def __init__(self, carriers: MaskCarriers) -> None:
         self._carriers = carriers
-        self._options: dict[tuple[object, ...], tuple[AttendOptions, Tensor | None]] = {}
+        self._options: dict[tuple[object, ...], tuple[AttendOptions, _ByHead]] = {}
         self._plain: tuple[Tensor | None, float, AttendOptions] | None = None
 
     def plain(self, mask: Tensor | None, scale: float) -> AttendOptions:
         """The options of a call with a mask and a scale and nothing else. The same mask object as in the last call costs nothing."""
         plain = self._plain
         if plain is None or plain[0] is not mask or plain[1] != scale:
-            found = self._find(Mask.causal() if mask is None else self._carriers.mask_of(mask), scale, None, None)
+            found = self._find(Mask.causal() if mask is None else self._carriers.mask_of(mask), scale, None, (None, None))
             self._plain = plain = (mask, scale, found)
         return plain[2]
 
     def find(self, call: AttentionCall) -> AttendOptions:
-        """The options of a call. A call with other sinks (a replaced parameter) gets other options."""
-        return self._find(resolve_mask(call, self._carriers), call.scale, call.softcap, call.sinks)
+        """The options of a call. A call with other sinks (a replaced parameter) or slopes gets other options."""
+        return self._find(resolve_mask(call, self._carriers), call.scale, call.softcap, (call.sinks, call.alibi_slopes))
 
-    def _find(self, mask: Mask, scale: float, softcap: float | None, given_sinks: Tensor | None) -> AttendOptions:
-        key = (mask, scale, softcap, id(given_sinks))
+    def _find(self, mask: Mask, scale: float, softcap: float | None, by_head: _ByHead) -> AttendOptions:
+        key = (mask, scale, softcap, *map(id, by_head))
         found = self._options.get(key)
-        # The entry keeps its sinks alive, so their id cannot come back as another tensor's.
-        if found is not None and found[1] is given_sinks:
+        # The entry keeps its tensors alive, so their ids cannot come back as other tensors'.
+        if found is not None and all(kept is given for kept, given in zip(found[1], by_head, strict=True)):
             return found[0]
         if len(self._options) >= _MAX_OPTIONS:
             self._options.clear()
-        sinks = None if given_sinks is None else given_sinks.detach().reshape(-1)
-        options = AttendOptions(mask=mask, scale=scale, softcap=softcap, sinks=sinks)
-        self._options[key] = (options, given_sinks)
+        sinks, slopes = (None if given is None else given.detach().reshape(-1) for given in by_head)
+        options = AttendOptions(mask=mask, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=slopes)
+        self._options[key] = (options, by_head)
         return options
 
 

@@ -50,6 +50,10 @@ class Tier(Protocol):
     def attention(self) -> str:
         """Name of the attention backend; ``"own"`` where the model's own attention runs."""
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Classes of attention modules that adapters stand in for."""
+
     def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Write the K/V of a step's tokens, attend over all of their sequences, and compute the logits that are wanted.
 
@@ -75,6 +79,7 @@ class TierReport:
         recurrent_state: what sequences have beside their K/V: ``"none"``; ``"chunked"``, state that goes on from any position; ``"whole"``,
             state from which the model goes on by one token only, so that prompts are computed in one step.
         rejected: faster ways that were tried, each with the reason against it.
+        adapters: classes of attention modules that have no attention interface, for which adapters of ours stand in while a step runs.
     """
 
     name: str
@@ -82,11 +87,14 @@ class TierReport:
     masks: tuple[tuple[Mask, ...], ...]
     recurrent_state: RecurrentState
     rejected: Mapping[str, str]
+    adapters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} layers {kind}" for kind, count in Counter(self.layers).items()) or "no K/V"
         if self.recurrent_state != "none":
             kinds += f", recurrent state, prompts {'in chunks' if self.recurrent_state == 'chunked' else 'in one piece'}"
+        if self.adapters:
+            kinds += f", by an adapter for {' and '.join(self.adapters)}"
         return "; ".join([f"{self.name} ({kinds})", *(f"not {name}: {reason}" for name, reason in self.rejected.items())])
 
 
@@ -135,6 +143,7 @@ def choose_tier(
     copy: Float32Copy | None = None
     for name in names:
         replacements = Replacements(model, pack_linears=pack_linears, fuse=fuse)
+        tier: Tier | None = None
         try:
             tier = _made(name, call, replacements, backend=backend, block_size=block_size)
             check = _proven(tier, call, replacements, block_size=block_size, max_positions=max_positions)
@@ -144,9 +153,10 @@ def choose_tier(
         except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
             if len(names) == 1 or _is_setting(error):
                 raise
-            rejected[name] = _reason(error)
+            by_adapter = f"by an adapter for {' and '.join(tier.adapters)}: " if tier is not None and tier.adapters else ""
+            rejected[name] = by_adapter + _reason(error)
             continue
-        report = TierReport(name, _layer_kinds(tier), tier.shape.masks, tier.recurrent_state, MappingProxyType(rejected))
+        report = TierReport(name, _layer_kinds(tier), tier.shape.masks, tier.recurrent_state, MappingProxyType(rejected), tier.adapters)
         return Choice(tier, replacements, check, report)
     raise refusal(model, rejected)
 

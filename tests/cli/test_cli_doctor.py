@@ -59,13 +59,31 @@ def test_doctor_shows_the_layer_groups_and_what_a_half_precision_model_was_judge
 
 
 def test_doctor_of_a_model_that_runs_dense_says_why_not_faster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tier_model("bloom").save_pretrained(tmp_path)
+    tier_model("xglm").save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tier"]["found"].startswith("dense: ")
     assert "AttentionInterface" in found["tier"]["reasons"][0]
     assert main(["doctor", str(tmp_path), "--tier", "packed"]) == 1
-    assert "BloomForCausalLM: refused" in capsys.readouterr().out
+    assert "XGLMForCausalLM: refused" in capsys.readouterr().out
+
+
+def test_doctor_of_a_model_that_runs_by_an_adapter_names_the_class_that_it_is_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tier_model("bloom").save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
+    tier = json.loads(capsys.readouterr().out)["tier"]
+    assert tier["found"].startswith("packed: ")
+    assert tier["reasons"][0].startswith("by an adapter for BloomAttention, ")
+    model = tier_model("bloom")
+    model.config.pretraining_tp, model.config.slow_but_exact = 2, True
+    model.save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
+    tier = json.loads(capsys.readouterr().out)["tier"]
+    assert tier["found"].startswith("dense: ")
+    assert "the adapter for BloomAttention does not fit" in tier["reasons"][0]
+    assert "slow_but_exact" in tier["reasons"][0]
 
 
 @pytest.mark.parametrize(("name", "prompts"), [("lfm2", "in chunks"), ("mamba", "in one piece")])

@@ -24,10 +24,12 @@ BATCH = {
     "beams, prefill in chunks": {"prefill_chunk_size": 4, "num_beams": 4},
 }
 ASSISTED = ("prompt look-up", "draft model")
-WITHOUT_INTERFACE = ("falcon_alibi", "bloom", "gptj", "mpt")  # their code does not call attention through transformers' interface
 RECURRENT = ("falcon_h1", "jamba", "lfm2", "qwen3_next")  # for which transformers has no assisted generation
-DENSE = (*WITHOUT_INTERFACE, *RECURRENT, "deepseek_v32")
-EARLY = {"packed": ("llama", "gemma2", "deepseek_v3"), "dense": ("gpt2", "bloom", "qwen3_next")}  # the others are in the long sweep
+DENSE = (*RECURRENT, "deepseek_v32", "falcon_alibi")
+EARLY = {
+    "packed": ("llama", "gemma2", "deepseek_v3", "bloom"),
+    "dense": ("gpt2", "bloom", "qwen3_next"),
+}  # the others are in the long sweep
 FEW = {
     "packed": {"gemma2": ("several beams", "sampled beams", "beams, prefill in chunks", "draft model")},
     "dense": {"bloom": ("sampling", "several samples", "prefill in chunks", "prompt look-up")},
@@ -68,7 +70,7 @@ def test_generate_over_blocks_gives_the_same_tokens(mode: str, name: str, tier: 
     compare(pool_of(name, tier), tokens, f"{mode} on {name}, {tier}", attention_mask=mask, **BATCH[mode])
 
 
-@pytest.mark.parametrize(("name", "reason"), [("bloom", "AttentionInterface"), ("lfm2", "states"), ("deepseek_v32", "states")])
+@pytest.mark.parametrize(("name", "reason"), [("falcon_alibi", "another form"), ("lfm2", "states"), ("deepseek_v32", "states")])
 def test_model_that_cannot_be_packed_is_dense_and_says_why(name: str, reason: str) -> None:
     model = small_model(name)
     with CachePool(model, num_blocks=9) as pool:

@@ -194,7 +194,7 @@ def test_copied_model_does_not_run_over_the_pool_of_the_original(pool: CachePool
 
 
 def test_model_that_is_not_packed_lets_nobody_else_call_it_within_a_step() -> None:
-    runner = ModelRunner(small_model("bloom"))
+    runner = ModelRunner(small_model("bloom"), tier="dense")
     storage = runner.new_storage(2)
     with pytest.raises(ConfigError, match="'dense'"), runner.step(None, storage):  # type: ignore[arg-type]  # it does not come to that
         pass

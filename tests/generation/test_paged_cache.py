@@ -32,7 +32,7 @@ def model() -> PreTrainedModel:
     return small_model("gemma2")
 
 
-@pytest.fixture(scope="module", params=["gemma2", "bloom"])  # packed and dense
+@pytest.fixture(scope="module", params=["gemma2", "falcon_alibi"])  # packed and dense
 def shared_pool(request: pytest.FixtureRequest) -> Iterator[CachePool]:
     with CachePool(small_model(request.param), num_blocks=100, block_size=4, check="step") as pool:
         yield pool

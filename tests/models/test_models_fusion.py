@@ -21,6 +21,7 @@ from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.operations import Operations
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models import CACHE_ARGUMENT, ModelRunner, fused_layers, fused_modules, fused_rotation
+from pagedkv.models.attention_adapters import AttentionAdapters
 from pagedkv.models.bridge import attention_configs
 from pagedkv.models.call import ModelCall
 from pagedkv.models.linear_products import why_not_packable
@@ -490,7 +491,7 @@ class Doubling:
 def layers_of(model: PreTrainedModel) -> list[fused_layers.FusedLayer]:
     linears = PackedLinears(model, True)
     with linears.recording():
-        probe_packed(ModelCall(model))
+        probe_packed(ModelCall(model), AttentionAdapters(model))
     linears.pack()
     parts = fused_modules.find_fusable(model, operations())
     return fused_layers.find_layers(model, parts, linears, attention_configs(model), (8,), operations())

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from models_support import assert_close, mixed_schedule, paged_logits, plain_logits, random_tokens
-from tier_models import DENSE, EQUAL, GATHERED, tier_model
+from tier_models import ADAPTED, DENSE, EQUAL, GATHERED, tier_model
 from torch import Tensor
 
 from pagedkv.attention import AttendOptions, Mask
 from pagedkv.attention.ragged import attend_ragged
 from pagedkv.attention.reference import ReferenceBackend
 from pagedkv.errors import ConfigError, StepError, UnsupportedModelError
-from pagedkv.models import ModelRunner, plan_memory
+from pagedkv.models import ModelRunner, TierName, plan_memory
 from pagedkv.models.dense import split_rows
 from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
 from pagedkv.testing.models import TINY_MODELS, tiny_model
@@ -40,26 +40,31 @@ def test_logits_ragged_chunked_and_decoding_equal_the_plain_forward(name: str) -
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
-@pytest.mark.parametrize("name", ["bloom", "gpt_neo", "deepseek_v3"])
+@pytest.mark.parametrize(("name", "tier"), [("bloom", "dense"), ("gpt_neo", "dense"), ("deepseek_v3", "auto")])
 @pytest.mark.slow
-def test_logits_equal_the_plain_forward_for_every_block_size(name: str, block_size: int) -> None:
-    _check(ModelRunner(tier_model(name, seed=3), block_size=block_size), chunk=7, seed=4, what=f"{name}, block size {block_size}")
+def test_logits_equal_the_plain_forward_for_every_block_size(name: str, tier: TierName, block_size: int) -> None:
+    runner = ModelRunner(tier_model(name, seed=3), block_size=block_size, tier=tier)
+    _check(runner, chunk=7, seed=4, what=f"{name}, block size {block_size}")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("llama", "gemma2", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in TINY_MODELS]
+    "name",
+    [
+        name if name in ("llama", "gemma2", "gpt2", "bloom", "gpt_neo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*TINY_MODELS, *ADAPTED)
+    ],
 )
 def test_models_that_are_read_in_place_are_right_when_forced_dense(name: str) -> None:
-    runner = ModelRunner(tiny_model(name), block_size=4, tier="dense")
+    runner = ModelRunner(tiny_model(name) if name in TINY_MODELS else tier_model(name), block_size=4, tier="dense")
     assert runner.tier.layers == ("dense", "dense")
     assert runner.backend_name == runner.report.backend == "own"
     _check(runner, chunk=5, seed=2, what=f"{name}, dense")
 
 
 def test_choice_names_what_was_against_the_faster_tier() -> None:
-    tier = ModelRunner(tier_model("bloom"), block_size=4).tier
+    tier = ModelRunner(tier_model("xglm"), block_size=4).tier
     assert "AttentionInterface" in tier.rejected["packed"]
-    assert str(tier).startswith("dense (2 layers dense); not packed: the code of Bloom")
+    assert str(tier).startswith("dense (2 layers dense); not packed: the code of XGLM")
     assert ModelRunner(tiny_model("llama"), block_size=4).tier.rejected == {}
 
 
@@ -80,9 +85,9 @@ def test_packed_tier_whose_numbers_are_wrong_gives_way_to_the_dense_one(monkeypa
 
 def test_tier_that_is_forced_is_the_only_one_tried() -> None:
     with pytest.raises(UnsupportedModelError, match="does not call attention"):
-        ModelRunner(tier_model("bloom"), block_size=4, tier="packed")
+        ModelRunner(tier_model("xglm"), block_size=4, tier="packed")
     with pytest.raises(UnsupportedModelError, match="does not call attention"):
-        ModelRunner(tier_model("bloom"), block_size=4, backend="torch")
+        ModelRunner(tier_model("xglm"), block_size=4, backend="torch")
     with pytest.raises(ConfigError, match="a backend is named"):
         ModelRunner(tier_model("bloom"), block_size=4, tier="dense", backend="torch")
     with pytest.raises(ConfigError, match="must be one of auto, packed, dense, dense-equal"):
@@ -91,7 +96,7 @@ def test_tier_that_is_forced_is_the_only_one_tried() -> None:
 
 def test_second_dense_step_of_a_model_during_a_step_is_refused_and_harms_nothing() -> None:
     model = tier_model("bloom")
-    runner, other = ModelRunner(model, block_size=4), ModelRunner(model, block_size=8)
+    runner, other = (ModelRunner(model, block_size=size, tier="dense") for size in (4, 8))
     tokens, steps = random_tokens((12, 20), seed=1), mixed_schedule((12, 20), chunk=5, num_decodes=2)
     want = paged_logits(runner, tokens, steps)
     raised: list[BaseException] = []
@@ -109,10 +114,10 @@ def test_second_dense_step_of_a_model_during_a_step_is_refused_and_harms_nothing
     assert paged_logits(other, tokens, steps)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon_new", "gptj", "deepseek_v3", "diffllama"])
+@pytest.mark.parametrize("name", ["bloom", "falcon_alibi", "falcon_new", "gpt_neo", "xglm", "deepseek_v3", "diffllama"])
 def test_plan_of_a_config_equals_the_layers_of_the_model(name: str) -> None:
     model = tier_model(name)
-    assert plan_memory(model.config, block_size=4).layers == ModelRunner(model, block_size=4).layers
+    assert plan_memory(model.config, block_size=4).layers == ModelRunner(model, block_size=4).grouped_layers
 
 
 def test_latents_stay_compressed_in_the_pool() -> None:

@@ -1,4 +1,4 @@
-"""Models whose K/V are not read in place: greedy tokens equal transformers' own, whatever the engine does in between."""
+"""Models that do not ask plain attention of transformers' interface: greedy tokens equal transformers', whatever the engine does."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 from parity_cases import LARGE, Case
 from parity_support import Oracle, assert_tokens, generate, greedy, make_oracle
 from parity_workload import can_preempt, run_case
-from tier_models import DENSE, EQUAL, GATHERED, tier_model
+from tier_models import ADAPTED, DENSE, EQUAL, GATHERED, tier_model
 
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.models import ModelRunner
 from pagedkv.testing.models import TINY_MODELS, tiny_model
 
-MODELS = (*DENSE, *EQUAL, *GATHERED)
-OFTEN = ("bloom",)  # in the grid
-LIKE_OTHERS = ("falcon_rotary", "falcon_new", "codegen", "deepseek_v2")
+MODELS = (*ADAPTED, *DENSE, *EQUAL, *GATHERED)
+OFTEN = ("bloom", "xglm")  # in the grid
+LIKE_OTHERS = ("falcon_rotary", "codegen", "gpt_neox_japanese", "deepseek_v2")
+KINDS = {**dict.fromkeys(ADAPTED, "in place"), **dict.fromkeys(GATHERED, "gathered")}
 NEW = 12
 
 
@@ -69,16 +70,16 @@ def tier_oracle_of() -> Callable[[str], Oracle]:
 def test_workload_of_the_grid_gives_the_tokens_of_generate(case: Case, tier_oracle_of: Callable[[str], Oracle]) -> None:
     oracle = tier_oracle_of(case.model)
     tally = run_case(case, oracle)
-    assert oracle.runner(case.block_size).tier.layers[0] == ("gathered" if case.model in GATHERED else "dense")
+    assert oracle.runner(case.block_size).tier.layers[0] == KINDS.get(case.model, "dense")
     assert tally.compared >= 6
     if can_preempt(case):
         assert tally.preempted, f"{case} (seed {case.seed}): nothing was preempted, the case has lost its power"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", [*TINY_MODELS, *ADAPTED])
 def test_workload_of_the_grid_over_a_model_forced_dense_gives_the_tokens_of_generate(name: str) -> None:
-    oracle = make_oracle(name, tiny_model(name))
+    oracle = make_oracle(name, tiny_model(name) if name in TINY_MODELS else tier_model(name))
     oracle.runners[4] = ModelRunner(oracle.model, block_size=4, tier="dense")
     tally = run_case(Case(name, 4, 7, "tight"), oracle)
     assert tally.compared >= 6
