@@ -153,7 +153,7 @@ def _answer(model: PreTrainedModel, prompts: Tensor, pool: CachePool | None, *, 
     if first.at is None:
         raise RuntimeError("generate gave no token")
     if isinstance(cache, PagedCache) and pool is not None:
-        nbytes = pool.peak_blocks_in_use * pool.nbytes_per_block
+        nbytes = pool.peak_nbytes_in_use
         cache.close()
     else:
         nbytes = sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))  # type: ignore[union-attr]

@@ -76,7 +76,7 @@ class PagedCache(Cache):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that this cache holds, shared ones counted once."""
+        """Blocks that this cache holds in all layer groups, shared ones counted once."""
         with self._pool.using(self._rows) as rows:
             return rows.num_blocks
 
@@ -175,7 +175,8 @@ class PagedCache(Cache):
         """Forget the last ``-tokens_to_remove`` columns and give back the blocks that only they used.
 
         Raises:
-            InvalidRequestError: a positive number (transformers' former meaning, a length), or more columns than there are.
+            InvalidRequestError: a positive number (transformers' former meaning, a length), or more columns than there are; or K and V
+                behind a window would be needed again. After ``activate_past_recording`` the last forward can always be taken back.
         """
         if tokens_to_remove > 0:
             raise InvalidRequestError(f"crop({tokens_to_remove}): give the number of tokens to remove, as a negative number")
@@ -183,7 +184,9 @@ class PagedCache(Cache):
             rows.crop(-int(tokens_to_remove))
 
     def activate_past_recording(self) -> None:
-        """Make layers with states of convolutions keep what ``crop`` needs; K and V are always kept."""
+        """Keep what ``crop`` needs: states of convolutions, and behind windows the K and V that the last forward would give back."""
+        with self._pool.using(self._rows) as rows:
+            rows.record()
         if self._kept is not None:
             self._kept.record()
 
@@ -219,7 +222,7 @@ class PagedCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """All False: the K and V of all columns are there."""
+        """All False: masks are to cover all columns. Behind a window, where they hide everything, K and V are zeros."""
         return [False] * len(self)
 
     @property

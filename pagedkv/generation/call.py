@@ -38,6 +38,7 @@ class ForwardCall:
         arguments: by name.
         num_rows, num_new_columns: ``R`` and ``Q``.
         seen: ``[R, C + Q]`` bool, what the attention mask shows; None for all.
+        own_mask: whether the attention mask is none of columns, so that each layer reads what the caller says.
         token_ids: ``[R, Q]`` int64; None when the input is not tokens, or something beside them may change K and V.
         positions: ``[R or 1, Q]`` int64; None when the model is to count by itself.
         only_logits: whether nothing is asked for that only the model's own attention has.
@@ -47,6 +48,7 @@ class ForwardCall:
     num_rows: int
     num_new_columns: int
     seen: BoolArray | None
+    own_mask: bool
     token_ids: Int64Array | None
     positions: Int64Array | None
     only_logits: bool
@@ -152,6 +154,7 @@ class ForwardReader:
             num_rows=num_rows,
             num_new_columns=num_new,
             seen=_seen(mask, num_rows, num_columns + num_new) if plain_mask else None,
+            own_mask=not plain_mask,
             token_ids=_token_ids(tokens) if only_tokens else None,
             positions=positions.cpu().numpy() if isinstance(positions, Tensor) else None,
             only_logits=not given & _OUTPUTS,

@@ -67,7 +67,7 @@ class CrossAttention:
 
     def __init__(self, pool: CrossPool) -> None:
         self._pool = pool
-        self._rows = Rows(pool.manager, "", private=False)
+        self._rows = Rows(pool.manager, "", pool.storage.copy_blocks, private=False)
         self._growth: Growth | None = None
         self._forward: DenseForward | None = None
         self._reader: ColumnReader | None = None

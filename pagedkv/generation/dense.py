@@ -35,41 +35,42 @@ class ColumnReader:
         self._size = manager.block_size
         self._tables = self._block_tables(growth, manager)
         self._places = self._column_places(growth, device)
-        self._rows: dict[tuple[int, int], Tensor] = {}
+        self._rows: dict[tuple[int, int, int], Tensor] = {}
 
     def read(self, pool: LayerPool) -> tuple[Tensor, Tensor]:
-        """K ``[R, Hkv, C, Dk]`` and V ``[R, Hkv, C, Dv]``, zeros for padding. Cost: one copy of both."""
-        if self._places is not None:
-            return pool.gather_slots(*self._places)
+        """K ``[R, Hkv, C, Dk]`` and V ``[R, Hkv, C, Dv]``, zeros for padding and behind a window. Cost: one copy of both."""
         spec = pool.spec
-        kind = (spec.num_kv_heads, pool.rows_per_block)
+        if self._places is not None:
+            blocks, offsets = self._places
+            return pool.gather_slots(blocks[spec.group], offsets)
+        kind = (spec.group, spec.num_kv_heads, pool.rows_per_block)
         rows = self._rows.get(kind)
         if rows is None:
             heads = np.arange(spec.num_kv_heads)[:, None]
-            numbers = self._tables[self._owner][:, None, :] * pool.rows_per_block + heads
+            numbers = self._tables[spec.group, self._owner][:, None, :] * pool.rows_per_block + heads
             rows = self._rows[kind] = torch.from_numpy(numbers.reshape(-1)).to(pool.device)
         key = pool.key_rows.index_select(0, rows).view(len(self._owner), spec.num_kv_heads, -1, spec.key_dim)
         value = pool.value_rows.index_select(0, rows).view(len(self._owner), spec.num_kv_heads, -1, spec.value_dim)
         return key[:, :, : self._length], value[:, :, : self._length]
 
     def _block_tables(self, growth: Growth, manager: KVCacheManager) -> Int64Array:
-        """``[U, M]`` block ids of each sequence; the null block where there is none."""
+        """``[G, U, M]`` block ids of each sequence; the null block where there is none."""
         opened = growth.seqs.nonzero()[0]
         columns = max(1, -(-int(growth.lengths.max()) // self._size))
-        tables = np.zeros((len(growth.seqs), columns), dtype=np.int64)
+        tables = np.zeros((manager.num_groups, len(growth.seqs), columns), dtype=np.int64)
         if len(opened):
-            tables[opened] = manager.table.block_tables[0, manager.rows_of(growth.seqs[opened]), :columns]
+            tables[:, opened] = manager.table.block_tables[:, manager.rows_of(growth.seqs[opened]), :columns]
         return tables
 
     def _column_places(self, growth: Growth, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Block and offset ``[R, C]`` of every column, the null block for padding; None when each row is whole blocks in order."""
+        """Block ``[G, R, C]`` and offset ``[R, C]`` of every column, the null block for padding; None when rows are whole blocks."""
         stored = growth.stored
         if stored.all():
             return None
         position = np.maximum(np.cumsum(stored, axis=1) - 1, 0)
-        blocks = np.where(stored, np.take_along_axis(self._tables, position // self._size, axis=1), 0)
+        blocks = np.where(stored, np.take_along_axis(self._tables, (position // self._size)[None], axis=2), 0)
         offsets = np.where(stored, position % self._size, 0)
-        return torch.from_numpy(blocks[self._owner]).to(device), torch.from_numpy(offsets[self._owner]).to(device)
+        return torch.from_numpy(blocks[:, self._owner]).to(device), torch.from_numpy(offsets[self._owner]).to(device)
 
 
 class DenseForward:
@@ -92,7 +93,7 @@ class DenseForward:
         self._pools = pools
         self._index = index
         device = pools[0].device
-        slots = np.zeros(0, dtype=np.int64) if growth.extension is None else growth.extension.slot_mapping[0]
+        slots = np.zeros((manager.num_groups, 0), dtype=np.int64) if growth.extension is None else growth.extension.slot_mapping
         self._blocks, self._offsets, self._rows, self._columns = (
             torch.from_numpy(each).to(device) for each in (*np.divmod(slots, manager.block_size), growth.token_rows, growth.token_columns)
         )
@@ -124,7 +125,8 @@ class DenseForward:
         pool = self._pools[place]
         if len(self._rows):
             new_key, new_value = key[self._rows, :, self._columns], value[self._rows, :, self._columns]
-            pool.write(new_key, new_value, blocks=self._blocks, offsets=self._offsets)
+            group = pool.spec.group
+            pool.write(new_key, new_value, blocks=self._blocks[group], offsets=self._offsets[group])
         return (key, value) if self._reader is None else self._reader.read(pool)
 
     def finish(self, output: Any) -> Any:

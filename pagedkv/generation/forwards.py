@@ -150,6 +150,10 @@ class Forwards:
             rows.start(rows.beside.begin(arguments, call.num_rows))
         if not rows.num_rows and books.shared_names and self._alterations.seen():
             books.forget_shared()
+        if call.own_mask and rows.has_given_back:
+            raise InvalidRequestError(
+                "an attention mask of one's own may show what layers with windows have given back: make the pool with windowed_groups=False"
+            )
         holes = rows.see(call.num_rows, call.old_seen)
         if not call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions):
             call.token_ids = None

@@ -6,7 +6,7 @@ are (``rows.py``), their blocks (``books.py``), nor the forwards (``forwards.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, get_args
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from pagedkv import checks
 from pagedkv.checks import integer, shown
-from pagedkv.core import CheckLevel
+from pagedkv.core import CheckLevel, Window
 from pagedkv.errors import ConfigError, UnsupportedBackendError, UnsupportedModelError
-from pagedkv.generation.books import Books, Sizes
+from pagedkv.generation.books import Books, Grouping, Sizes
 from pagedkv.generation.call import ForwardReader
 from pagedkv.generation.cross import CrossAttention
 from pagedkv.generation.forwards import Forwards
@@ -46,7 +46,9 @@ class CachePool:
     Args:
         model: a model in evaluation mode, as it is or with adapters inside a wrapper (PEFT's), whose ``generate`` is then called. It
             gets a hook before its forward and one after, until the pool is closed; they leave forwards without a cache of this pool alone.
-        num_blocks: blocks, the null block included; or
+        num_blocks: blocks, the null block included: one number, or one for each layer group, in the order of ``windows``. Those behind a
+            window are given back while a sequence grows, so fewer do for groups with one, as long as the longest prompt that comes in
+            one forward fits; or
         kv_cache_memory_bytes: as many as fit in so many bytes; or neither: blocks for 16,384 tokens, in at most a quarter of the
             memory that is free.
         block_size: tokens in a block.
@@ -57,6 +59,8 @@ class CachePool:
             more than tokens at their places, is dense in any case.
         pack_linears: as for ``ModelRunner``; used in packed forwards.
         fuse: likewise.
+        windowed_groups: whether layers with a sliding or chunked window give back the blocks behind it, where forwards run packed. With
+            False, ``PagedCache.crop`` can go back as far as one likes.
         check: what the bookkeeping verifies after every command, as for ``KVCacheManager``.
 
     Raises:
@@ -75,18 +79,20 @@ class CachePool:
         self,
         model: PreTrainedModel | AdaptedModel,
         *,
-        num_blocks: int | None = None,
+        num_blocks: int | Sequence[int] | None = None,
         kv_cache_memory_bytes: int | None = None,
         block_size: int = 16,
         max_num_seqs: int = 256,
         tier: TierName = "auto",
         pack_linears: Wanted = "auto",
         fuse: Wanted = "auto",
+        windowed_groups: bool = True,
         check: CheckLevel = "off",
     ) -> None:
         if tier not in get_args(TierName):
             raise ConfigError(f"tier is {shown(tier)}: it must be one of {', '.join(get_args(TierName))}")
         integer("block_size", block_size, least=1, most=2**31 - 1)
+        checks.flag("windowed_groups", windowed_groups)
         if isinstance(model, AdaptedModel):
             model = unwrapped(model)
         reference = run_reference(model)
@@ -99,26 +105,32 @@ class CachePool:
         self._num_named = 0
         self._closes_with_caches = False
         self.tier_reason: str | None = None
-        tried = Sizes(trial_blocks(block_size), block_size, max_num_seqs=len(reference.logits[0]))
+        tried = Sizes([trial_blocks(block_size)], block_size, max_num_seqs=len(reference.logits[0]))
+        grouping = Grouping(reference.layers)
         reader = ForwardReader(model)
-        self._forwards = Forwards(model, reader, self._seats, Books(reference, tried, device=model.device, check=check))
+        self._forwards = Forwards(model, reader, self._seats, Books(reference, grouping, tried, device=model.device, check=check))
         try:
-            self._prove(reference, reader, tier=tier, block_size=block_size, pack_linears=pack_linears, fuse=fuse)
+            runner = self._prove(reference, reader, tier=tier, block_size=block_size, pack_linears=pack_linears, fuse=fuse)
+            if windowed_groups and runner is not None:
+                grouping = Grouping.of(runner)
+            sizes = Sizes(_of_each_group(size, grouping), block_size, max_num_seqs)
             self._forwards.books.close()
-            self._forwards.books = Books(reference, Sizes(size, block_size, max_num_seqs), device=model.device, check=check)
+            self._forwards.books = Books(reference, grouping, sizes, device=model.device, check=check)
         except BaseException:
             self._forwards.unhook()
+            if self._forwards.packed is not None:
+                self._forwards.packed.close()
             raise
 
     def _prove(
         self, reference: Reference, reader: ForwardReader, *, tier: TierName, block_size: int, pack_linears: Wanted, fuse: Wanted
-    ) -> None:
-        """Find out how the model can be run right, the faster way last; its runner's own self-check judges that, too."""
+    ) -> ModelRunner | None:
+        """Find out how the model can be run right, the faster way last, and return what runs it so; the runner checks itself, too."""
         from pagedkv.generation.comparison import compare  # it runs a cache over this pool
 
         compare(self, reference)
         if tier == "dense":
-            return
+            return None
         try:
             if reference.cross_layers:
                 raise UnsupportedModelError("packed forwards of generate() are for decoders alone")
@@ -137,7 +149,7 @@ class CachePool:
             if tier == "packed" or setting:
                 raise
             self.tier_reason = str(error)
-            return
+            return None
         self._forwards.packed = PackedReading(runner, reader)
         try:
             compare(self, reference)
@@ -147,6 +159,8 @@ class CachePool:
             if tier == "packed":
                 raise
             self.tier_reason = str(error)
+            return None
+        return runner
 
     @property
     def tier(self) -> str:
@@ -178,20 +192,34 @@ class CachePool:
 
     @property
     def nbytes_per_block(self) -> int:
-        """Bytes of one block, K and V of all layers of self attention."""
-        storage = self._forwards.books.storage
-        return storage.nbytes // storage.num_blocks[0]
+        """Bytes of one block in each layer group together: K and V of ``block_size`` tokens, all layers of self attention."""
+        return sum(self._forwards.books.group_nbytes)
+
+    @property
+    def group_nbytes(self) -> tuple[int, ...]:
+        """Bytes of one block in each layer group, K and V of its layers of self attention."""
+        return self._forwards.books.group_nbytes
+
+    @property
+    def windows(self) -> tuple[Window | None, ...]:
+        """For each layer group how far back it reads; None for everything, as the first always, which may have no layers."""
+        return self._forwards.books.manager.windows
 
     @property
     def num_usable_blocks(self) -> int:
-        """Blocks that can be handed out at all."""
-        return self._forwards.books.manager.num_usable_blocks
+        """Blocks that can be handed out at all, in all layer groups."""
+        return sum(self._forwards.books.manager.usable_blocks)
 
     @property
     def num_blocks_in_use(self) -> int:
-        """Blocks that caches hold now."""
+        """Blocks that caches hold now, in all layer groups."""
+        return sum(self.group_blocks_in_use)
+
+    @property
+    def group_blocks_in_use(self) -> tuple[int, ...]:
+        """The same, in each layer group."""
         with self._forwards.exclusive():
-            return self._forwards.books.num_in_use
+            return self._forwards.books.in_use
 
     @property
     def num_cross_blocks_in_use(self) -> int:
@@ -202,8 +230,13 @@ class CachePool:
 
     @property
     def peak_blocks_in_use(self) -> int:
-        """The most blocks that were held at once, since ``reset_peak``."""
+        """The most blocks that were held at once in all layer groups, since ``reset_peak``."""
         return self._forwards.books.peak
+
+    @property
+    def peak_nbytes_in_use(self) -> int:
+        """The most bytes of K and V that such blocks took at once."""
+        return self._forwards.books.peak_nbytes
 
     def check(self) -> None:
         """Verify the bookkeeping; raises ``InvariantError`` naming what is broken."""
@@ -220,7 +253,7 @@ class CachePool:
     def reset_peak(self) -> None:
         """Begin to look for the most blocks anew."""
         with self._forwards.exclusive():
-            self._forwards.books.peak = self._forwards.books.num_in_use
+            self._forwards.books.reset_peak()
 
     def purge(self, namespace: str) -> int:
         """Forget the prefixes cached under a namespace; returns how many blocks that were.
@@ -263,7 +296,7 @@ class CachePool:
                 books.shared_names[name] = None
             if books.cross is not None:
                 beside = CrossAttention(books.cross)
-            return self._seats.take(Rows(books.manager, name, private=private, beside=beside))
+            return self._seats.take(Rows(books.manager, name, books.storage.copy_blocks, private=private, beside=beside))
 
     def fork(self, rows: Rows) -> Rows:
         """Rows for a cache that starts as a copy of another."""
@@ -308,12 +341,25 @@ class CachePool:
         return self._forwards.update(rows, key, value, layer)
 
 
-def _num_blocks(num_blocks: int | None, memory_bytes: int | None, *, block_size: int, nbytes_per_block: int, device: torch.device) -> int:
+def _num_blocks(
+    num_blocks: int | Sequence[int] | None, memory_bytes: int | None, *, block_size: int, nbytes_per_block: int, device: torch.device
+) -> int | list[int]:
     if num_blocks is not None and memory_bytes is not None:
         raise ConfigError("num_blocks and kv_cache_memory_bytes were both given: give one")
+    if isinstance(num_blocks, Sequence):
+        return [integer("num_blocks", count, least=2, most=2**31 - 1) for count in num_blocks]
     if num_blocks is not None:
         return integer("num_blocks", num_blocks, least=2, most=2**31 - 1)
     if memory_bytes is not None:
         return blocks_in_memory(memory_bytes, nbytes_per_block, setting="kv_cache_memory_bytes")
     share = int(free_memory(device) * _DEFAULT_SHARE)
     return min(-(-_DEFAULT_TOKENS // block_size) + 1, blocks_in_memory(share, nbytes_per_block, setting="a quarter of the free memory"))
+
+
+def _of_each_group(num_blocks: int | list[int], grouping: Grouping) -> list[int]:
+    count = len(grouping.windows)
+    if isinstance(num_blocks, int):
+        return [num_blocks] * count
+    if len(num_blocks) != count:
+        raise ConfigError(f"num_blocks is {num_blocks}: the model has {count} layer groups here, give one number or so many")
+    return num_blocks

@@ -16,6 +16,7 @@ import numpy as np
 from pagedkv.core import KVCacheManager
 from pagedkv.errors import InvalidRequestError, OutOfBlocksError
 from pagedkv.generation.growth import Growth, NewColumns
+from pagedkv.generation.recent import CopyBlocks, RecentTokens
 from pagedkv.plan import BoolArray, Int32Array, Int64Array
 
 _MORE_BLOCKS = "close caches that are not needed any more, or make a larger pool (num_blocks or kv_cache_memory_bytes)"
@@ -43,15 +44,20 @@ class Rows:
     Args:
         manager: holds the sequences.
         namespace: within which prefixes are shared, in the batch and with whoever uses the same name.
+        copy_blocks: as ``RecentTokens`` takes it.
         private: whether nobody else is to use the name, so that what was cached under it is forgotten with the rows.
         beside: what else is kept for the rows.
     """
 
-    def __init__(self, manager: KVCacheManager, namespace: str, *, private: bool, beside: Beside | None = None) -> None:
+    def __init__(
+        self, manager: KVCacheManager, namespace: str, copy_blocks: CopyBlocks, *, private: bool, beside: Beside | None = None
+    ) -> None:
         self.beside = beside
         self._manager = manager
         self._namespace = namespace
         self._private = private
+        self._recent = RecentTokens(manager, copy_blocks)
+        self._records = False
         self._clear()
 
     def belongs_to(self, manager: KVCacheManager) -> bool:
@@ -70,11 +76,9 @@ class Rows:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that the rows hold, each counted once."""
-        table = self._manager.table
+        """Blocks that the rows hold in all layer groups, each counted once."""
         held = self._manager.rows_of(self._seqs[self._seqs != 0])
-        ids = np.unique(table.block_tables[0, held])
-        return int(np.count_nonzero(ids))
+        return sum(int(np.count_nonzero(np.unique(tables[held]))) for tables in self._manager.table.block_tables)
 
     def __repr__(self) -> str:
         return f"{self.num_rows} rows of {self.num_columns} columns, {np.count_nonzero(self._seqs)} sequences"
@@ -105,6 +109,12 @@ class Rows:
         before_last = np.logical_or.accumulate(stored[:, ::-1], axis=1)[:, ::-1]
         return bool((after_first & before_last & ~stored).any())
 
+    @property
+    def has_given_back(self) -> bool:
+        """Whether blocks behind a window are gone."""
+        held = self._manager.rows_of(self._seqs[self._seqs != 0])
+        return bool((self._manager.table.block_tables[:, held, 0] == 0).any())
+
     def see(self, num_rows: int, seen: BoolArray | None) -> bool:
         """Hold the columns so far against what the attention mask shows of them.
 
@@ -125,6 +135,7 @@ class Rows:
                 f"the cache holds {self.num_rows} rows and the forward has {num_rows}: use a new cache, or batch_repeat_interleave or "
                 "batch_select_indices to change its rows"
             )
+        self._recent.settle()
         if not self.num_rows or (seen is None and self._stored.all()):
             return False
         stored = self._stored[self._owner]
@@ -170,7 +181,9 @@ class Rows:
     def commit(self, growth: Growth) -> None:
         """The tokens of a growth are computed and written."""
         if len(growth.active):
-            self._manager.complete(growth.seqs[growth.active])
+            self._recent.add(growth.seqs[growth.active])
+            if not self._records:
+                self._recent.settle()
         self._owner, self._seqs, self._stored, self._lengths = growth.owner, growth.seqs, growth.stored, growth.lengths
 
     def cancel(self, growth: Growth) -> None:
@@ -199,6 +212,7 @@ class Rows:
             raise InvalidRequestError(f"rows {indices.tolist()} were selected: there are {self.num_rows}")
         if not len(indices):
             return self.release()
+        self._recent.settle()
         if self.beside is not None:
             self.beside.select(indices)
         owner = self._owner[indices]
@@ -208,24 +222,45 @@ class Rows:
             self._release(left[left != 0])
             self._seqs, self._stored, self._lengths = self._seqs[used], self._stored[used], self._lengths[used]
 
+    def record(self) -> None:
+        """From now on, ``crop`` can take back all columns of the last forward, where layers have windows, too."""
+        self._records = any(self._manager.windows)
+
     def crop(self, num_columns: int) -> None:
         """Forget the last columns of every row.
 
         Raises:
-            InvalidRequestError: fewer than 0, or more than there are.
+            InvalidRequestError: fewer than 0, or more than there are; or blocks behind a window would be needed again.
         """
         if not 0 <= num_columns <= self.num_columns:
             raise InvalidRequestError(f"{num_columns} tokens were to be removed: the cache has {self.num_columns}")
+        left = self.num_columns - num_columns
+        lengths = self._lengths - np.count_nonzero(self._stored[:, left:], axis=1)
+        if not self._recent.can_cut(self._recent.complete_lengths(self._seqs, self._lengths), lengths).all():
+            raise InvalidRequestError(
+                f"{num_columns} tokens were to be removed: blocks that layers with windows would need again were given back. Call "
+                "activate_past_recording() before the forward whose tokens are removed, or make the pool with windowed_groups=False"
+            )
         if self.beside is not None:
             self.beside.crop(num_columns)
-        left = self.num_columns - num_columns
-        self._cut(self._lengths - np.count_nonzero(self._stored[:, left:], axis=1))
+        if not self._recent.can_cut(self._lengths, lengths).all():
+            recent = np.isin(self._seqs, self._recent.seqs) & (lengths > 0) & (lengths < self._lengths)
+            try:
+                self._recent.cut(self._seqs[recent], lengths[recent])
+            except BaseException:
+                self.release()  # whether the blocks hold what they should is not known
+                raise
+            self._lengths = np.where(recent, lengths, self._lengths)
+        self._recent.settle()
+        self._cut(lengths)
         self._stored = self._stored[:, :left]
 
     def fork(self) -> Rows:
         """The same rows once more, over the same blocks: who writes into a shared block first gets a copy of it."""
+        self._recent.settle()
         beside = None if self.beside is None else self.beside.fork()
-        copy = Rows(self._manager, self._namespace, private=self._private, beside=beside)
+        copy = Rows(self._manager, self._namespace, self._recent.copy_blocks, private=self._private, beside=beside)
+        copy._records = self._records
         opened = self._seqs.nonzero()[0]
         free = self._manager.num_free_seqs
         if len(opened) > free:
@@ -251,6 +286,7 @@ class Rows:
         self._seqs = np.zeros(1, dtype=np.int64)  # the sequence without a token that all rows of the first forward part from
         self._stored = np.zeros((1, 0), dtype=np.bool_)
         self._lengths = np.zeros(1, dtype=np.int64)
+        self._recent.forget()
 
     def _release(self, seqs: Int64Array) -> None:
         if len(seqs):
@@ -265,6 +301,7 @@ class Rows:
         shown = self._stored & ~in_all
         behind = np.cumsum(shown[:, ::-1], axis=1)[:, ::-1] == 0  # no shown column from here on
         dropped = self._stored & behind
+        dropped[~self._recent.can_cut(self._lengths, self._lengths - np.count_nonzero(dropped, axis=1))] = False
         self._cut(self._lengths - np.count_nonzero(dropped, axis=1))
         self._stored &= ~dropped
         return bool((in_any & ~dropped).any())
@@ -339,7 +376,7 @@ class Rows:
         longest, manager = int(lengths.max()), self._manager
         if longest > manager.max_seq_len:
             needed = -(-longest // manager.block_size)
-            raise OutOfBlocksError(needed=needed, available=manager.num_usable_blocks, change=_MORE_BLOCKS)
+            raise OutOfBlocksError(needed=needed, available=manager.usable_blocks[0], change=_MORE_BLOCKS)
 
     def _open(self, growth: Growth, places: Int64Array, new: NewColumns) -> Int32Array:
         """Start the sequences in these places; returns how many tokens of each are cached."""
