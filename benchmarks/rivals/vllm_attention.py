@@ -118,6 +118,7 @@ def begin(setup: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, An
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
+    torch.cpu._init_amx()  # the system wants to be asked for tiles; in vLLM's worker the first product of its model has done so
     generator = torch.Generator().manual_seed(setup["seed"])
 
     def measure(order: dict[str, Any]) -> dict[str, Any]:

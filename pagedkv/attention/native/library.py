@@ -81,12 +81,14 @@ class Build:
         machines: processors, by ``platform.machine()``, that it can be built for; empty for any.
         flags: what the compiler is told.
         needs: processor flags without which it may not be run.
+        permission: entry point that asks the system for what no process may use unasked, and returns 0 when it may; None if not needed.
     """
 
     name: str
     machines: tuple[str, ...]
     flags: tuple[str, ...]
     needs: frozenset[str]
+    permission: str | None = None
 
     @property
     def path(self) -> Path:
@@ -95,10 +97,18 @@ class Build:
 
 
 _X86 = ("x86_64", "AMD64")
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c"})
+_DOTS = _AVX512 | {"avx512_bf16"}
 BUILDS = (
     Build(
-        "avx512", _X86, ("-march=x86-64-v4",), frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c"})
+        "amx",
+        _X86,
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _DOTS | {"amx_tile", "amx_bf16"},
+        "pagedkv_ask_for_tiles",
     ),
+    Build("avx512bf16", _X86, ("-march=x86-64-v4", "-mavx512bf16"), _DOTS),
+    Build("avx512", _X86, ("-march=x86-64-v4",), _AVX512),
     Build("avx2", _X86, ("-march=x86-64-v3",), frozenset({"avx2", "fma", "f16c", "bmi2"})),
     Build("portable", (), (), frozenset()),
 )
@@ -149,7 +159,7 @@ def load_library(name: str | None = None) -> Loaded:
             continue
         reason = _unusable(build, flags, machine)
         if reason is None:
-            opened = _open(build.path)
+            opened = _open(build)
             if isinstance(opened, ctypes.CDLL):
                 return Loaded(Library(build, opened), tuple(reasons))
             reason = opened
@@ -168,9 +178,9 @@ def _unusable(build: Build, flags: frozenset[str], machine: str) -> str | None:
     return None if build.path.is_file() else "was not built: reinstall pagedkv from source where a C++ compiler (g++ or clang++) is found"
 
 
-def _open(path: Path) -> ctypes.CDLL | str:
+def _open(build: Build) -> ctypes.CDLL | str:
     try:
-        functions = ctypes.CDLL(str(path))
+        functions = ctypes.CDLL(str(build.path))
         for name in (
             "pagedkv_abi",
             "pagedkv_lanes",
@@ -191,6 +201,8 @@ def _open(path: Path) -> ctypes.CDLL | str:
         return f"cannot be loaded, reinstall pagedkv: {error}"
     if sizes != (_ABI, *map(ctypes.sizeof, (StepStruct, RowsStruct, LayerStruct, JoinedStruct))):
         return "was built for another version: reinstall pagedkv"
+    if build.permission is not None and getattr(functions, build.permission)() != 0:
+        return "the system does not let this process use its instructions"
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     functions.pagedkv_plan.argtypes = (pointer, pointer, pointer, pointer)
     functions.pagedkv_plan.restype = None

@@ -1,12 +1,17 @@
 // The C interface of one instruction set's build. No torch, no Python: addresses, strides and numbers in, a status out.
 #include <atomic>
 #include <new>
+#include <type_traits>
 
 #include "layers.h"
 #include "work.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -40,11 +45,16 @@ INLINE Sums sums_at(const Step& step, float* memory, int rows) { return {memory,
 
 template <class T>
 void run_item(const Step& step, const Item& item, float* scratch, float* partials, int64_t partial_rows) {
-  const size_t head = partial_floats(step, TILE_ROWS);
+  const size_t head = partial_floats(step, tile_rows(step));
   float* place = item.partial < 0 ? scratch : partials + partial_floats(step, partial_rows) * item.partial;
   const Sums sums = sums_at(step, place, item.num_rows);
-  if (item.tiled) attend_tiles<T>(step, item, scratch + head, sums);
-  else attend_rows<T>(step, item, scratch + head, sums);
+  if (item.tiled) {
+#if defined(PAIRS)
+    if constexpr (std::is_same<T, bfloat16>::value) attend_pairs(step, item, scratch + head, sums);
+    else
+#endif
+      attend_tiles<T>(step, item, scratch + head, sums);
+  } else attend_rows<T>(step, item, scratch + head, sums);
   if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, sums);
 }
 
@@ -69,7 +79,11 @@ void run_merge(const Step& step, const Merge& merge, float* partials, int64_t pa
 
 size_t thread_floats(const Step& step) {
   const size_t rows = row_scratch(step) / sizeof(float) + 1;
-  return (partial_floats(step, TILE_ROWS) + std::max(rows, TileScratch::floats(step)) + 64) / 16 * 16;
+  size_t tiles = TileScratch::floats(step);
+#if defined(PAIRS)
+  if (step.dtype == BFLOAT16) tiles = PairScratch::floats(step);
+#endif
+  return (partial_floats(step, tile_rows(step)) + std::max(rows, tiles) + 64) / 16 * 16;
 }
 
 template <class T>
@@ -147,6 +161,18 @@ int32_t pagedkv_step_nbytes() { return sizeof(Step); }
 int32_t pagedkv_rows_nbytes() { return sizeof(Rows); }
 int32_t pagedkv_layer_nbytes() { return sizeof(Layer); }
 int32_t pagedkv_joined_nbytes() { return sizeof(Joined); }
+
+#if defined(__AMX_TILE__)
+// Linux saves the tiles of a process that has asked for them; without, the first such instruction ends it. Returns 0 when they may be used.
+int32_t pagedkv_ask_for_tiles() {
+#if defined(__linux__)
+  constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, ASK, TILE_DATA) ? 1 : 0;
+#else
+  return 1;
+#endif
+}
+#endif
 
 LAYER_ENTRY(pagedkv_norm, norm_row)
 LAYER_ENTRY(pagedkv_gate, gate_row)

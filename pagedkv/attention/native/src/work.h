@@ -4,10 +4,19 @@
 
 #include <algorithm>
 
+#include "pair_tiles.h"
 #include "rows.h"
 #include "tiles.h"
 
 constexpr int MOST_ROWS = 16;  // of a decode: with larger groups the tile kernel is faster, packing included
+
+// Rows of one item of the tile kernel.
+INLINE int tile_rows(const Step& step) {
+#if defined(PAIRS)
+  if (step.dtype == BFLOAT16) return PAIR_TILE_ROWS;
+#endif
+  return TILE_ROWS;
+}
 
 INLINE int sums_stride(const Step& step) { return round_up(step.value_dim, PANEL); }
 INLINE size_t partial_floats(const Step& step, int rows) { return (size_t)rows * (sums_stride(step) + 2); }
@@ -50,7 +59,7 @@ static void cut_sequence(WorkList& work, const Step& step, int seq) {
   if (queries < 1) return;
   const bool tiled = queries > 1 || step.group() > MOST_ROWS || step.batch_invariant;
   // Rows of one tile belong to whole queries where they can, so that a tile's positions end early.
-  const int most = !tiled ? rows : step.group() > TILE_ROWS ? TILE_ROWS : TILE_ROWS / step.group() * step.group();
+  const int room = tile_rows(step), most = !tiled ? rows : step.group() > room ? room : room / step.group() * step.group();
   for (int head = 0; head < step.num_kv_heads; head++)
     for (int first = 0; first < rows; first += most) {
       const int count = std::min(most, rows - first);
