@@ -26,13 +26,13 @@ from pagedkv.plan import Int64Array, StepPlan
 from pagedkv.poisoning import Poison
 from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams
 from pagedkv.prompt_work import PromptWork
-from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
+from pagedkv.prompts import DecoderRules, ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
 from pagedkv.responses import Response
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer
 from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
 from pagedkv.seating import Seating
 from pagedkv.sizing import blocks_needed, pool_groups, split_blocks
-from pagedkv.storage import BatchBuilder, KVStorage, StateStorage
+from pagedkv.storage import BatchBuilder, KVStorage, Source, StateStorage
 
 # Parameters that look at the tokens of the prompt, and their values that do not.
 _NEED_PROMPT_TOKENS: Mapping[str, tuple[object, ...]] = {
@@ -41,6 +41,9 @@ _NEED_PROMPT_TOKENS: Mapping[str, tuple[object, ...]] = {
     "bad_words": (None, (), []),
     "generation_kwargs": ({},),
 }
+
+_SOURCE = "\0source"  # begins the namespace of an encoder's input, which is named by its tokens
+_LENGTH_WITHOUT_LIMIT = 4096  # of an encoder-decoder whose positions nothing limits, both parts together
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,10 @@ class EngineConfig:
         windowed_groups: whether layers with a sliding or chunked window give back the blocks behind it.
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens computed in one step.
-        max_model_len: tokens of prompt and output together; the model's positions when not given.
+        max_model_len: tokens of prompt and output together, what an encoder reads included; the model's positions when not given, or
+            4,096 with an encoder and no limit.
         enable_prefix_caching: whether full blocks are kept to be found again; never with a model that has recurrent layers, whose state
-            no block holds.
+            no block holds. Behind an encoder they are found by requests of the very same input.
         seed: for requests that bring none.
         watermark: share of the blocks kept free when a request is admitted beside others.
         check: how closely blocks, tables and queues are watched: ``"off"``, ``"step"`` (conservation laws) or ``"audit"`` (everything, and
@@ -163,6 +167,7 @@ class Engine:
         self.config = config
         self.max_model_len = resolve_max_model_len(runner, config.max_model_len)
         self._runner = runner
+        self._rules = decoder_rules(runner)
         self._tokenizer = tokenizer
         self._decoder = cast("Tokenizer | None", tokenizer)  # its decode is typed for batches, too
         limits = config.limits()
@@ -336,7 +341,9 @@ class Engine:
                 raise
             self._num_requests += 1
             pooler = None if pooling is None else Pooler(pooling, len(parsed.token_ids))
-            response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds, self._is_far(len(parsed.token_ids)))
+            source = None if self._rules is None else Source(parsed.token_ids)
+            is_far = self._is_far(len(parsed.token_ids))
+            response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds, is_far, source)
             self._responses[request_id] = response
             self._prompts.add(request_id, response)
 
@@ -396,6 +403,8 @@ class Engine:
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
         salt = checks.text("cache_salt", cache_salt, error=InvalidRequestError)
+        if self._rules is not None:
+            return sum(self._manager.purge(name) for name in self._manager.namespaces if _salt_behind_source(name) == salt)
         return sum(self._manager.purge(_namespace(salt, is_far=is_far)) for is_far in (False, True))
 
     def reset_prefix_cache(self) -> int:
@@ -437,7 +446,7 @@ class Engine:
                     self._follow(self._state)
                 self._seating.assign(self._scheduler, self._responses)
                 plan = self._prompts.trimmed(plan)
-                batch = self._batches.build(plan)
+                batch = self._batches.build(plan, self._sources(plan))
                 self._storage.copy_blocks(plan.copies)
                 if self._poison is not None:
                     self._poison.spread(plan)
@@ -449,6 +458,12 @@ class Engine:
             raise
         except Exception as error:
             raise StepError(f"step {plan.step} with {plan.num_tokens} tokens of {plan.num_seqs} sequences failed: {error}") from error
+
+    def _sources(self, plan: StepPlan) -> Sequence[Source]:
+        """What each sequence of a step gives to the encoder; nothing where there is none."""
+        if self._rules is None:
+            return ()
+        return [source for row in plan.rows.tolist() if (source := self._seating.owner(row)[0].source) is not None]
 
     def _follow(self, state: StateStorage) -> None:
         """Have state go along with rows that changed hands: each assignment once, though it is seen again where a step failed."""
@@ -486,7 +501,8 @@ class Engine:
         if len(plan.sampling_logits) != len(logits):
             logits = logits[torch.from_numpy(plan.sampling_logits).to(logits.device)]
         table = self._manager.table
-        return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], TokenHistories(table.token_ids, table.num_tokens))
+        histories = TokenHistories(table.token_ids, table.num_tokens, None if self._rules is None else self._seating.begins)
+        return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], histories)
 
     def _watch(self, rows: Int64Array, sampled: SampledTokens) -> dict[str, None]:
         """Feed new tokens to the requests that look at each, and end those that met a stop string."""
@@ -542,6 +558,7 @@ class Engine:
             num_token_ids=self._runner.num_token_ids,
             max_model_len=self.max_model_len,
             limit_reason=limit_reason(self._runner, self.max_model_len),
+            decoder=self._rules,
         )
         params.check_vocabulary(self._runner.vocab_size)
         needs_text = [name for name in ("stop", "bad_words") if getattr(params, name)]
@@ -550,7 +567,9 @@ class Engine:
         needs_tokens = [name for name, off in _NEED_PROMPT_TOKENS.items() if getattr(params, name) not in off]
         if parsed.embeds is not None and needs_tokens:
             raise InvalidRequestError(f"{' and '.join(needs_tokens)} need the tokens of the prompt, which prompt_embeds does not tell")
-        self._seating.check(params, len(parsed.token_ids))
+        if self._rules is not None and params.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs: the prompt of an encoder-decoder is read by its encoder, which predicts no tokens")
+        self._seating.check(params, len(parsed.token_ids if parsed.decoder_token_ids is None else parsed.decoder_token_ids))
         return parsed
 
     def _is_far(self, num_prompt_tokens: int) -> bool:
@@ -567,20 +586,30 @@ class Engine:
 
     def _request(self, request_id: str, parsed: ParsedPrompt, params: SamplingParams, priority: int) -> Request:
         is_far = self._is_far(len(parsed.token_ids))
-        room = self._longest(is_far=is_far) - len(parsed.token_ids)
+        room = self._longest(is_far=is_far) - parsed.num_tokens
+        if self._rules is not None and (most := self._rules.room(parsed)) is not None:
+            room = min(room, most)
         return Request(
             request_id,
-            parsed.token_ids,
+            parsed.sequence,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             min_tokens=params.min_tokens,
             eos_token_ids=() if params.ignore_eos else self._runner.eos_token_ids,
             stop_token_ids=tuple(params.stop_token_ids or ()),
             n=params.n,
             priority=priority,
-            # What came as embeddings is named by no tokens: nobody else may find it by those that stand in their place.
-            namespace=_namespace(parsed.cache_salt, is_far=is_far) if parsed.embeds is None else f"\0{self._num_requests}",
+            namespace=self._namespace_of(parsed, is_far=is_far),
             wants_prompt_logits=params.prompt_logprobs is not None,
         )
+
+    def _namespace_of(self, parsed: ParsedPrompt, *, is_far: bool) -> str:
+        if parsed.embeds is not None:
+            # What came as embeddings is named by no tokens: nobody else may find it by those that stand in their place.
+            return f"\0{self._num_requests}"
+        if self._rules is not None:
+            # What is stored for a token of the encoder depends on all of them, so only who has them all may find it.
+            return f"{_SOURCE}{parsed.token_ids.tobytes().hex()}\0{parsed.cache_salt}"
+        return _namespace(parsed.cache_salt, is_far=is_far)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -616,6 +645,19 @@ def _namespace(salt: str, *, is_far: bool = False) -> str:
     return f"\0{salt}" if salt.startswith("\0") else salt
 
 
+def _salt_behind_source(namespace: str) -> str | None:
+    """The salt in the namespace of an encoder's input; None for another namespace."""
+    return namespace.removeprefix(_SOURCE).partition("\0")[2] if namespace.startswith(_SOURCE) else None
+
+
+def decoder_rules(runner: ModelRunner) -> DecoderRules | None:
+    """What prompts of an encoder-decoder have to keep to; None for others."""
+    limits = runner.encoder
+    if limits is None:
+        return None
+    return DecoderRules(limits.start_token_id, limits.num_decoder_token_ids, limits.max_source_tokens, limits.max_decoder_tokens)
+
+
 def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:
     """The longest prompt and output together: as asked, at most the model's positions.
 
@@ -624,6 +666,8 @@ def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:
     """
     positions = runner.max_positions if runner.far_positions is None else runner.far_positions
     if asked is None:
+        if positions is None and runner.encoder is not None:
+            return _LENGTH_WITHOUT_LIMIT
         if positions is None:
             raise ConfigError("the model states no longest length: give max_model_len")
         return positions

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
-from pagedkv.engine import Engine, EngineConfig, EngineStatistics, limit_reason, resolve_max_model_len
+from pagedkv.engine import Engine, EngineConfig, EngineStatistics, decoder_rules, limit_reason, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import AdaptedModel, ModelRunner, TierName, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
@@ -54,7 +54,8 @@ class LLM:
     """Generates in batches with a Hugging Face model over a paged K/V cache.
 
     Args:
-        model: hub id, folder, ``.gguf`` file, or a loaded causal language model in evaluation mode.
+        model: hub id, folder, ``.gguf`` file, or a loaded language model in evaluation mode: a decoder, or an encoder-decoder, whose
+            encoder then reads the prompts.
         tokenizer: hub id, folder or loaded; the model's own when not given. With a loaded model and no tokenizer, token ids go in and out.
         dtype: of weights and K/V, ``"float32"`` for one; the checkpoint's own when not given.
         device: ``"cpu"``, ``"cuda"``; CUDA when there is one.
@@ -64,7 +65,7 @@ class LLM:
         memory_share: with neither, never more than this share of the free memory, from above 0 to 1.
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens computed in one step.
-        max_model_len: tokens of prompt and output together; the model's positions when not given.
+        max_model_len: tokens of prompt and output together; the model's positions when not given. See ``EngineConfig``.
         enable_prefix_caching: whether prefixes are kept and shared; never with a model that has recurrent layers.
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
         pack_linears: whether linear layers on the CPU run with repacked copies of their weights, which take memory beside the model's own;
@@ -175,7 +176,7 @@ class LLM:
         """Continue prompts, all at once as far as memory allows.
 
         Args:
-            prompts: texts, token-id lists, or dicts (``prompt`` or ``prompt_token_ids``, ``cache_salt``, ``priority``); one or many.
+            prompts: texts, token-id lists, or dicts (``PromptDict``); one or many.
             sampling_params: one for all, or one each; defaults when not given.
             use_tqdm: whether to show a progress bar.
             streamer: transformers' ``TextStreamer``, for a single prompt.
@@ -331,6 +332,7 @@ class LLM:
             num_token_ids=self._runner.num_token_ids,
             max_model_len=self._max_model_len,
             limit_reason=limit_reason(self._runner, self._max_model_len),
+            decoder=decoder_rules(self._runner),
         )
 
     def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
@@ -340,7 +342,7 @@ class LLM:
         """
         lengths = []
         for prompt, params in work:
-            tokens = len(prompt.token_ids) + (self._max_model_len if params.max_tokens is None else params.max_tokens)
+            tokens = prompt.num_tokens + (self._max_model_len if params.max_tokens is None else params.max_tokens)
             lengths.append((min(tokens, self._max_model_len), params.n))
         wanted = blocks_for_work(lengths, self._groups, self._limits, block_size=self._runner.block_size)
         rows, have_rows = min(sum(count for _, count in lengths), self._limits.max_running) if self._runner.states else 0, 0
@@ -458,7 +460,8 @@ class _StreamerFeed:
         if output is None:
             return
         if self._sent is None:
-            self._streamer.put(torch.tensor(output.prompt_token_ids))
+            begins = output.prompt_token_ids if output.decoder_prompt_token_ids is None else output.decoder_prompt_token_ids
+            self._streamer.put(torch.tensor(begins))
             self._sent = 0
         tokens = output.outputs[0].token_ids
         for token in tokens[self._sent :]:

@@ -117,6 +117,7 @@ class RequestOutput:
         prompt_logprobs: one entry per prompt token when asked for, the first ``None`` because nothing comes before it.
         error: what ended the request, when its finish reason is ``"error"``.
         embedding: ``[H]`` float32, or ``[P, H]``, read-only; of a request for hidden states that ended well, which has no ``outputs``.
+        decoder_prompt_token_ids: of an encoder-decoder, whose prompt is what its encoder reads, what the outputs go on from.
     """
 
     request_id: str
@@ -130,6 +131,7 @@ class RequestOutput:
     prompt_logprobs: tuple[Mapping[int, Logprob] | None, ...] | None = None
     error: PagedKVError | None = field(default=None, compare=False)  # errors compare by identity
     embedding: Float32Array | None = field(default=None, compare=False)  # arrays do not compare to one answer
+    decoder_prompt_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from pagedkv.errors import InvalidRequestError
 from pagedkv.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pagedkv.plan import Int32Array
 from pagedkv.pooling import Pooler
 from pagedkv.sampling import IncrementalDetokenizer, Logprob, SamplingParams, StopStrings, Tokenizer, TokenLogprobs
 from pagedkv.scheduling import Branch, FinishReason, RequestRecord
+from pagedkv.storage import Source
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +128,7 @@ class Response:
         pooler: takes the prompt's hidden states, where they and not a continuation are wanted.
         embeds: ``[P, H]`` the prompt, where it came as embeddings: its token ids mean nothing.
         is_far: whether the prompt is longer than ``ModelRunner.max_positions``.
+        source: of an encoder-decoder, what its encoder reads: the first tokens of the sequence.
     """
 
     record: RequestRecord
@@ -136,8 +139,19 @@ class Response:
     pooler: Pooler | None = None
     embeds: Tensor | None = None
     is_far: bool = False
+    source: Source | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])  # nothing comes before the first token
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Tokens of the sequence that are the encoder's."""
+        return 0 if self.source is None else len(self.source)
+
+    @property
+    def begins_with(self) -> Int32Array:
+        """``[P]`` what the outputs go on from: the prompt, or that of the decoder."""
+        return self.record.request.prompt_token_ids[self.num_source_tokens :]
 
     @property
     def watched(self) -> bool:
@@ -148,7 +162,7 @@ class Response:
         """The continuation of this index, begun on first use."""
         completion = self.completions.get(index)
         if completion is None:
-            prompt = [] if self.embeds is not None else self.record.request.prompt_token_ids.tolist()
+            prompt = [] if self.embeds is not None else self.begins_with.tolist()
             completion = self.completions[index] = Completion(self.params, self.tokenizer, prompt)
         return completion
 
@@ -170,10 +184,11 @@ class Response:
         prompt_logprobs = tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
         branches = sorted(record.branches, key=lambda one: one.index) if self.pooler is None else []
         pooled = self.pooler is not None and record.finished and all(branch.finish_reason == "length" for branch in record.branches)
+        prompt = self.begins_with if self.source is None else self.source.token_ids
         return RequestOutput(
             request_id=record.request.request_id,
             prompt=self.text,
-            prompt_token_ids=() if self.embeds is not None else tuple(record.request.prompt_token_ids.tolist()),
+            prompt_token_ids=() if self.embeds is not None else tuple(prompt.tolist()),
             outputs=tuple(self.completion(branch.index).output(branch) for branch in branches),
             num_cached_tokens=record.num_cached_tokens,
             metrics=RequestMetrics(
@@ -188,6 +203,7 @@ class Response:
             prompt_logprobs=prompt_logprobs,
             error=record.error or next((each.failure for each in self.completions.values() if each.failure), None),
             embedding=self.pooler.result() if self.pooler is not None and pooled else None,
+            decoder_prompt_token_ids=None if self.source is None else tuple(self.begins_with.tolist()),
         )
 
 

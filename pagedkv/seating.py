@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pagedkv.errors import InvalidRequestError
 from pagedkv.models import ModelRunner, build_processors, split_options
-from pagedkv.plan import BoolArray
+from pagedkv.plan import BoolArray, Int32Array
 from pagedkv.responses import Response
 from pagedkv.sampling import Sampler, SamplingParams, encode_bad_words
 from pagedkv.scheduling import Assignment, Scheduler
@@ -41,11 +41,17 @@ class Seating:
         self._seed = seed
         self._owners: dict[int, tuple[Response, int]] = {}
         self._watched = np.zeros(num_rows, dtype=np.bool_)
+        self._begins = np.zeros(num_rows, dtype=np.int32)
 
     @property
     def watched(self) -> BoolArray:
         """``[R]`` whether the row's response looks at every token as it comes; to read."""
         return self._watched
+
+    @property
+    def begins(self) -> Int32Array:
+        """``[R]`` where each row's tokens begin that its outputs go on from: behind those of an encoder, else at 0; to read."""
+        return self._begins
 
     def owner(self, row: int) -> tuple[Response, int]:
         """The response that the row belongs to, and the index of its sample."""
@@ -79,16 +85,17 @@ class Seating:
         self._sampler.add(
             row,
             params,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=response.begins_with,
             seed=self._seed_of(response),
             index=assignment.index,
-            processors=self._processors(plain, len(request.prompt_token_ids)),
-            warpers=self._processors(warping, len(request.prompt_token_ids)),
+            processors=self._processors(plain, len(response.begins_with)),
+            warpers=self._processors(warping, len(response.begins_with)),
             eos_token_ids=request.eos_token_ids,
             bad_words_token_ids=self._bad_words(params),
         )
         self._owners[row] = (response, assignment.index)
         self._watched[row] = response.watched
+        self._begins[row] = response.num_source_tokens
 
     def _processors(self, options: dict[str, object], num_prompt_tokens: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
         return build_processors(self._runner.model, options, num_prompt_tokens=num_prompt_tokens) if options else []

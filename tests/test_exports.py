@@ -66,7 +66,7 @@ EXPORTS = {
         "Status",
         "WaitReason",
     },
-    "pagedkv.storage": {"BatchBuilder", "KVStorage", "LayerPool", "LayerSpec", "StateSpec", "StateStorage", "StepBatch"},
+    "pagedkv.storage": {"BatchBuilder", "KVStorage", "LayerPool", "LayerSpec", "Source", "StateSpec", "StateStorage", "StepBatch"},
     "pagedkv.attention": {"AttendOptions", "AttentionBackend", "AttentionSpec", "Mask", "StepAttention", "get_backend"},
     "pagedkv.models": {
         "CACHE_ARGUMENT",

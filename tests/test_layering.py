@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "sizing": MODELS | {"core", "scheduling"},
     "generation": MODELS | {"core", "sizing"},
     "pooling": BASE | {"outputs", "sampling"},
-    "responses": BASE | {"outputs", "pooling", "sampling", "scheduling"},
+    "responses": STORAGE | {"outputs", "pooling", "sampling", "scheduling"},
     "seating": BASE | {"core", "models", "responses", "sampling", "scheduling"},
     "prompt_work": STORAGE | {"models", "pooling", "responses", "sampling", "seating"},
     "poisoning": BASE | {"core", "storage"},

@@ -23,6 +23,8 @@ _WAYS = {
     "packed": "packed: the tokens of a step in one row, attention by backend {!r}",
     "dense": "dense: one row a sequence, the model's own attention over K/V gathered from blocks",
     "dense-equal": "dense-equal: as dense (the model's own attention over K/V gathered from blocks), with rows of one length at a time",
+    "encoder-decoder": "encoder-decoder: one row a sequence, the model's own attention over K/V gathered from blocks, of both kinds",
+    "encoder-decoder-equal": "encoder-decoder-equal: as encoder-decoder, with inputs and rows of one length at a time",
 }
 _JUDGEMENTS = {
     "numbers": "no logit may differ by more",
@@ -113,7 +115,11 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
             + ("" if runner.far_positions is None else f", and {runner.far_positions:,} for prompts that are longer than that alone"),
             () if runner.max_positions_reason is None else (runner.max_positions_reason,),
         ),
-        Finding("K/V", f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}"),
+        Finding(
+            "K/V",
+            f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}",
+            (f"{plan.nbytes_per_source_token:,} bytes a token of the encoder, in the same blocks",) if runner.encoder else (),
+        ),
         *_recurrent_state(runner, plan.state_nbytes),
         Finding(
             "packed linear layers",

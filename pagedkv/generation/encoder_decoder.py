@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.generation.cache import PagedCache
 from pagedkv.generation.cross import CrossAttention
 from pagedkv.generation.pool import CachePool
 from pagedkv.generation.rows import Rows
+from pagedkv.models.cross_cache import CrossCache
 
 
 class PagedEncoderDecoderCache(EncoderDecoderCache):
@@ -103,14 +104,12 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         return self._decoder._rows
 
 
-class _CrossCache(Cache):
-    """What the model stores K and V of cross attention in, and takes them from by ``layers[i].keys`` and ``.values``."""
+class _CrossCache(CrossCache):
+    """What the model stores K and V of cross attention in, and takes them from."""
 
     def __init__(self, cache: PagedCache) -> None:
+        super().__init__(cache.block_pool.num_cross_layers, lambda layer: _cross(cache._rows).read(layer))
         self._cache = cache
-        self.layers: list[Any] = [_CrossLayer(cache, layer) for layer in range(cache.block_pool.num_cross_layers)]
-        self.layer_class_to_replicate = None
-        self.offloading = False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store K and V ``[R, Hkv, S, D]`` of a layer."""
@@ -120,27 +119,6 @@ class _CrossCache(Cache):
         """Columns of the encoder that a layer has stored."""
         cross = _cross(self._cache._rows)
         return cross.num_columns if cross.is_updated.get(layer_idx) else 0
-
-
-class _CrossLayer:
-    """One layer as the model sees it. Both tensors are gathered when ``keys`` is read, and ``values`` takes the other one."""
-
-    def __init__(self, cache: PagedCache, layer: int) -> None:
-        self._cache = cache
-        self._layer = layer
-        self._values: Tensor | None = None
-
-    @property
-    def keys(self) -> Tensor:
-        """K ``[R, Hkv, S, Dk]``."""
-        keys, self._values = _cross(self._cache._rows).read(self._layer)
-        return keys
-
-    @property
-    def values(self) -> Tensor:
-        """V ``[R, Hkv, S, Dv]``."""
-        values, self._values = self._values, None
-        return _cross(self._cache._rows).read(self._layer)[1] if values is None else values
 
 
 def _cross(rows: Rows) -> CrossAttention:

@@ -18,6 +18,7 @@ from pagedkv.generation.states import keeps_states
 from pagedkv.models.call import ModelCall, logits_of
 from pagedkv.models.compiled import is_compiled
 from pagedkv.models.limits import num_token_ids
+from pagedkv.models.stored import spec_of, stored_tensors
 from pagedkv.storage import LayerSpec
 
 _SEED = 20261129
@@ -62,7 +63,7 @@ def run_reference(model: PreTrainedModel) -> Reference:
         logits = run_trial(model, EncoderDecoderCache(cache, cross) if paired else cache)
     except Exception as error:  # whatever a model raises, it cannot be tried
         raise UnsupportedModelError(f"{name} failed over transformers' own cache: {type(error).__name__}: {error}") from error
-    found, found_cross = _tensors(cache), _tensors(cross)
+    found, found_cross = stored_tensors(cache), stored_tensors(cross)
     if not found:
         why = "it keeps recurrent state alone" if keeps_states(cache) else "its layers do not use the cache that they are given"
         raise UnsupportedModelError(f"{name} stored no K/V: {why}")
@@ -73,23 +74,12 @@ def run_reference(model: PreTrainedModel) -> Reference:
         raise UnsupportedModelError(f"{name} stores K/V in more than one dtype or on more than one device: {', '.join(several)}")
     return Reference(
         layer_ids=tuple(found),
-        layers=tuple(map(_spec, found.values())),
-        cross_layers={layer: _spec(pair) for layer, pair in found_cross.items()},
+        layers=tuple(map(spec_of, found.values())),
+        cross_layers={layer: spec_of(pair) for layer, pair in found_cross.items()},
         dtype=dtypes.pop(),
         keeps_states=keeps_states(cache),
         logits=logits,
     )
-
-
-def _tensors(cache: Cache) -> dict[int, tuple[Tensor, Tensor]]:
-    """K and V of the layers that have stored some, by transformers' index."""
-    pairs = {layer: (getattr(each, "keys", None), getattr(each, "values", None)) for layer, each in enumerate(cache.layers)}
-    return {layer: (k, v) for layer, (k, v) in pairs.items() if isinstance(k, Tensor) and isinstance(v, Tensor) and k.numel()}
-
-
-def _spec(pair: tuple[Tensor, Tensor]) -> LayerSpec:
-    keys, values = pair
-    return LayerSpec(keys.shape[1], keys.shape[3], values.shape[3])
 
 
 def trial_blocks(block_size: int) -> int:

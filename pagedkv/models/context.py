@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pagedkv.errors import UnsupportedModelError
+
 # What transformers passes around as a mask: (batch, head, query position, key position) -> visible.
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -65,6 +67,22 @@ class StepContext(Protocol):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention output ``[1, T, Hq, Dv]`` for one call."""
+
+
+class OwnAttention:
+    """The step context of a call in which the model's own attention runs, with the model's own masks."""
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Nothing: what a layer stores goes elsewhere."""
+        return None
+
+    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
+        """Refuses: the model's own attention has the model's own mask."""
+        raise UnsupportedModelError("a step with the model's own attention was pointed at ours")
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Refuses: the model's own attention attends."""
+        raise UnsupportedModelError("a step with the model's own attention was pointed at ours")
 
 
 _ACTIVE: ContextVar[StepContext | None] = ContextVar("pagedkv_active_step", default=None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import ModelCall
-from pagedkv.models.context import AttentionCall, MaskFunction, activate
+from pagedkv.models.context import OwnAttention, activate
 from pagedkv.models.facade import DenseCache
 from pagedkv.models.probe import ModelShape, probe_dense
 from pagedkv.models.recurrence import RecurrentState
@@ -40,11 +40,13 @@ class Rows:
         seqs: ``[R]`` their places in the plan.
         tokens: ``[R, Q]`` the packed tokens of each.
         lens: ``[R]`` stored tokens of each after the step.
+        starts: ``[R]`` tokens that each sequence's table has before those, for an encoder; 0 without one.
     """
 
     seqs: Int64Array
     tokens: Int64Array
     lens: Int64Array
+    starts: Int64Array
 
     @property
     def num_keys(self) -> int:
@@ -62,24 +64,66 @@ class Rows:
         return np.arange(self.num_keys) >= (self.num_keys - self.lens)[:, None]
 
 
-def split_rows(plan: StepPlan, *, equal: bool = False, by_past: bool = False) -> Iterator[Rows]:
+def split_rows(plan: StepPlan, *, starts: Int64Array | None = None, equal: bool = False, by_past: bool = False) -> Iterator[Rows]:
     """Cut a step into calls of the model, with rows of one query length.
 
     Args:
         plan: the step.
+        starts: ``[S]`` tokens at the beginning of each sequence that are another part's work: left out, but rows that share a call are
+            alike in them, too. None for 0.
         equal: only rows of one length share a call; else those of lengths so similar that at most half is padding, or all short ones.
         by_past: whether rows that have computed no token yet get calls of their own: recurrent layers start there, and do not go on.
     """
-    lens = plan.seq_lens.astype(np.int64)
-    # Similar are those that the same power of 2 bounds.
-    kinds = lens if equal else np.frexp(np.maximum(lens - 1, _SHORT - 1).astype(np.float64))[1]
-    keys = plan.query_lens.astype(np.int64) << 32 | kinds  # a pair of numbers as one, so that one sort finds equal pairs
-    if by_past:
-        keys = keys << 1 | (lens > plan.query_lens)
-    for key in np.unique(keys):
-        seqs = np.flatnonzero(keys == key)
-        tokens = plan.cu_seqlens_q[seqs].astype(np.int64)[:, None] + np.arange(int(plan.query_lens[seqs[0]]))
-        yield Rows(seqs, tokens, lens[seqs])
+    starts = np.zeros(plan.num_seqs, dtype=np.int64) if starts is None else starts
+    lens = plan.seq_lens - starts
+    queries = np.minimum(plan.query_lens, lens)
+    alike = [lens, starts] if equal else [similar(lens), similar(starts)]
+    kinds = np.stack([queries, *alike, lens > queries] if by_past else [queries, *alike])
+    _, kind_of = np.unique(kinds, axis=1, return_inverse=True)
+    kind_of = np.where(queries > 0, kind_of.reshape(-1), -1)
+    for kind in np.unique(kind_of[kind_of >= 0]):
+        seqs = np.flatnonzero(kind_of == kind)
+        count = int(queries[seqs[0]])
+        tokens = plan.cu_seqlens_q[seqs + 1].astype(np.int64)[:, None] - count + np.arange(count)
+        yield Rows(seqs, tokens, lens[seqs], starts[seqs])
+
+
+def similar(lens: Int64Array) -> Int64Array:
+    """``[n]`` a number for each length that lengths share of which the same power of 2 is the bound, or all short ones."""
+    return np.frexp(np.maximum(lens - 1, _SHORT - 1).astype(np.float64))[1].astype(np.int64)
+
+
+class WantedLogits:
+    """The logits of a step, call by call.
+
+    Args:
+        plan: the step.
+        vocab_size: width of the model's logits.
+        device: where they go.
+
+    Attributes:
+        logits: ``[K, V]`` float32, one row per entry of ``plan.logits_indices``.
+    """
+
+    def __init__(self, plan: StepPlan, vocab_size: int, device: torch.device) -> None:
+        self.logits = torch.empty(len(plan.logits_indices), vocab_size, dtype=torch.float32, device=device)
+        self._places = np.full(plan.num_tokens, -1, dtype=np.int64)
+        self._places[plan.logits_indices] = np.arange(len(plan.logits_indices))
+
+    def columns(self, rows: Rows) -> Tensor:
+        """``[C]`` int64 columns of a call's rows of which any logits are wanted."""
+        return torch.from_numpy(self._columns(rows)).to(self.logits.device)
+
+    def put(self, rows: Rows, result: Tensor) -> None:
+        """Take ``[R, C, V]`` logits of a call in these columns."""
+        columns = self._columns(rows)
+        places = self._places[rows.tokens][:, columns]
+        row, column = np.nonzero(places >= 0)
+        where, row_index, column_index = (torch.from_numpy(index).to(self.logits.device) for index in (places[row, column], row, column))
+        self.logits[where] = result[row_index, column_index].float()
+
+    def _columns(self, rows: Rows) -> Int64Array:
+        return np.flatnonzero((self._places[rows.tokens] >= 0).any(axis=0))
 
 
 class DenseTier:
@@ -123,24 +167,13 @@ class DenseTier:
 
         Cost: one forward for each query length, and a copy of all K/V that is read.
         """
-        plan = batch.plan
-        device = batch.token_ids.device
-        logits = torch.empty(len(plan.logits_indices), self.shape.vocab_size, dtype=torch.float32, device=device)
-        wanted = np.full(plan.num_tokens, -1, dtype=np.int64)
-        wanted[plan.logits_indices] = np.arange(len(plan.logits_indices))
+        wanted = WantedLogits(batch.plan, self.shape.vocab_size, batch.token_ids.device)
         if storage.state is not None:
             storage.state.begin()
         with self._replacements.in_place():
-            for rows in split_rows(plan, equal=self._equal, by_past=storage.state is not None):
-                place = wanted[rows.tokens]
-                columns = np.flatnonzero((place >= 0).any(axis=0))
-                result = self._run(rows, batch, storage, columns=torch.from_numpy(columns).to(device))
-                row, column = np.nonzero(place[:, columns] >= 0)
-                where, row_index, column_index = (
-                    torch.from_numpy(index).to(device) for index in (place[row, columns[column]], row, column)
-                )
-                logits[where] = result[row_index, column_index].float()
-        return logits
+            for rows in split_rows(batch.plan, equal=self._equal, by_past=storage.state is not None):
+                wanted.put(rows, self._run(rows, batch, storage, columns=wanted.columns(rows)))
+        return wanted.logits
 
     def _run(self, rows: Rows, batch: StepBatch, storage: KVStorage, *, columns: Tensor) -> Tensor:
         """Logits ``[R, C, V]`` of some columns of some rows."""
@@ -173,7 +206,7 @@ class DenseTier:
         return StatefulCache(step, rows.past_len, config=self._call.model.config, states=states)
 
 
-class DenseStep:
+class DenseStep(OwnAttention):
     """The step context of one call: new K/V into their slots, those of whole rows out of the pools.
 
     Args:
@@ -216,14 +249,6 @@ class DenseStep:
         slots = self._all_slots(pool)
         return pool.gather_slots(slots.blocks, slots.offsets)  # contiguous as from transformers' own cache: some models take views
 
-    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
-        """Refuses: the model's own attention has the model's own mask."""
-        raise UnsupportedModelError("a step with the model's own attention was pointed at ours")
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Refuses: the model's own attention attends."""
-        raise UnsupportedModelError("a step with the model's own attention was pointed at ours")
-
     def _new_slots(self, group: int) -> Slots:
         slots = self._new.get(group)
         if slots is None:
@@ -235,6 +260,8 @@ class DenseStep:
         group = pool.spec.group
         slots = self._all.get(group)
         if slots is None:
-            plan, size = self._batch.plan, pool.block_size
-            slots = self._all[group] = right_aligned_slots(plan, self._rows.seqs, group=group, block_size=size, device=pool.device)
+            plan, rows, size = self._batch.plan, self._rows, pool.block_size
+            slots = self._all[group] = right_aligned_slots(
+                plan, rows.seqs, lens=rows.lens, starts=rows.starts, group=group, block_size=size, device=pool.device
+            )
         return slots

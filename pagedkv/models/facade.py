@@ -31,6 +31,11 @@ def indexer_id(layer_idx: int) -> int:
     return -1 - layer_idx
 
 
+def cross_id(layer_idx: int) -> int:
+    """The number under which cross attention of a layer is stored, where its K and V have another shape than those of self attention."""
+    return -(2**20) - layer_idx
+
+
 class StepCache(Cache):
     """What every cache of ours answers. Made per step; holds nothing after it."""
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from pagedkv.models.call import ModelCall
 from pagedkv.models.compiled import is_compiled
 from pagedkv.models.memory import free_memory
+from pagedkv.models.pair_call import PairCall
 
 # Of the free memory: the copy is freed when the model is loaded, but must not push out what others hold.
 _MAX_SHARE_OF_FREE_MEMORY = 0.25
@@ -53,10 +54,19 @@ class Float32Copy:
             return
         try:
             self.model = _copied(model, path, left_out, self.num_layers)
-            ModelCall(self.model).plain(torch.zeros(_NUM_TOKENS, dtype=torch.int64, device=model.device))
+            _try(self.model)
         except Exception as error:  # whatever a model raises when it is copied, cast, or run without its last layers
             self.model = None
             self.reason = f"it cannot be run: {type(error).__name__}: {error}"
+
+
+def _try(model: PreTrainedModel) -> None:
+    """A short forward."""
+    tokens = torch.zeros(_NUM_TOKENS, dtype=torch.int64, device=model.device)
+    if model.config.is_encoder_decoder:
+        PairCall(model).plain(tokens, tokens)
+    else:
+        ModelCall(model).plain(tokens)
 
 
 def _stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -16,9 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +31,7 @@ from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel, unwrapped
 from pagedkv.models.gguf import converted_folder, gguf_config, is_gguf
+from pagedkv.models.refusals import check_config
 from pagedkv.storage.storage import as_device
 
 ModelName = str | os.PathLike[str]
@@ -71,7 +74,9 @@ def load_model(
     folder = _folder(model)
     target = as_device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _refused(f"model {os.fspath(model)!r}"):
-        pair: Any = model_class(load_config(folder)).from_pretrained(
+        config = load_config(folder)
+        check_config(config, name=f"model {os.fspath(model)!r}")
+        pair: Any = model_class(config).from_pretrained(
             folder,
             dtype="auto" if wanted is None else wanted,
             trust_remote_code=False,  # None asks on the terminal
@@ -134,8 +139,12 @@ def load_config(model: ModelName) -> PreTrainedConfig:
     return config
 
 
-def model_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def model_class(
+    config: PreTrainedConfig,
+) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | type[AutoModelForSeq2SeqLM]:
     """The class of transformers that makes a model with a language model head of a config: of one with images, where there is no other."""
+    if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return AutoModelForSeq2SeqLM
     known, with_images = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if type(config) in with_images and type(config) not in known else AutoModelForCausalLM
 

@@ -19,6 +19,8 @@ from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.groups import LayerGroups, group_layers
 from pagedkv.models.limits import max_positions
 from pagedkv.models.loading import DtypeName, load_config, model_class, parse_dtype
+from pagedkv.models.pair_call import PairCall
+from pagedkv.models.pair_probe import probe_pair
 from pagedkv.models.probe import ModelShape, probe_model
 from pagedkv.models.refusals import check_config, check_model
 from pagedkv.storage import LayerSpec
@@ -33,8 +35,8 @@ class MemoryPlan:
         dtype: of K and V.
         layers: geometry of each layer that stores K/V, by layer group.
         windows: what the layers of each group read; None for everything. Behind a window blocks are given back.
-        nbytes_per_token: all layers, K and V.
-        nbytes_per_block: the same for one block.
+        nbytes_per_token: all layers, K and V; of an encoder-decoder those of self attention, for a token of the decoder.
+        nbytes_per_block: of one block of all layers.
         memory_bytes: what was asked about, or None.
         num_blocks: blocks that fit in ``memory_bytes``, the null block included, as many for each group; None without ``memory_bytes``, or
             where there is no K/V.
@@ -44,6 +46,8 @@ class MemoryPlan:
             length was asked about.
         num_sequences: such sequences that fit at once; None unless both were asked.
         state_nbytes: recurrent state of one sequence, whatever its length.
+        nbytes_per_source_token: of an encoder-decoder, K and V of cross attention for a token of the encoder; a sequence's tokens are those
+            of both parts. 0 for others.
     """
 
     block_size: int
@@ -59,6 +63,7 @@ class MemoryPlan:
     nbytes_per_sequence: int | None
     num_sequences: int | None
     state_nbytes: int = 0
+    nbytes_per_source_token: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -66,9 +71,12 @@ class MemoryPlan:
         return len(self.layers)
 
     def __str__(self) -> str:
+        each = f"{_size(self.nbytes_per_token)} per token"
+        if self.nbytes_per_source_token:
+            each += f" of the decoder, {_size(self.nbytes_per_source_token)} per token of the encoder"
         lines = [
-            f"K/V of {self.num_layers} layers in {str(self.dtype).removeprefix('torch.')}: "
-            f"{_size(self.nbytes_per_token)} per token, {_size(self.nbytes_per_block)} per block of {self.block_size}"
+            f"K/V of {self.num_layers} layers in {str(self.dtype).removeprefix('torch.')}: {each}, "
+            f"{_size(self.nbytes_per_block)} per block of {self.block_size}"
         ]
         if self.state_nbytes:
             lines.append(f"recurrent state of a sequence: {_size(self.state_nbytes)}, whatever its length")
@@ -116,8 +124,8 @@ def plan_memory(
     shape, positions = _shape(model_or_config)
     groups = group_layers(shape, max_positions=positions)
     stored = parse_dtype(dtype) or shape.dtype
-    per_token = sum(layer.nbytes_per_token(stored) for layer in shape.layers)
-    per_block, state = per_token * block_size, sum(spec.nbytes for spec in shape.states)
+    per_block = block_size * sum(layer.nbytes_per_token(stored) for layer in shape.layers)
+    state = sum(spec.nbytes for spec in shape.states)
     num_blocks = None if memory_bytes is None or not per_block else memory_bytes // per_block
     each = None
     if max_model_len is not None:
@@ -128,7 +136,7 @@ def plan_memory(
         dtype=stored,
         layers=groups.layers,
         windows=groups.windows,
-        nbytes_per_token=per_token,
+        nbytes_per_token=shape.nbytes_per_token(stored),
         nbytes_per_block=per_block,
         memory_bytes=memory_bytes,
         num_blocks=num_blocks,
@@ -137,6 +145,7 @@ def plan_memory(
         nbytes_per_sequence=each,
         num_sequences=fits,
         state_nbytes=state,
+        nbytes_per_source_token=shape.nbytes_per_source_token(stored),
     )
 
 
@@ -166,7 +175,8 @@ def _shape(model_or_config: PreTrainedModel | PreTrainedConfig | str | os.PathLi
     if isinstance(model_or_config, PreTrainedConfig):
         model_or_config = _without_weights(model_or_config)
     model = check_model(model_or_config)
-    return probe_model(model), max_positions(model.config)
+    shape = probe_pair(PairCall(model)) if model.config.is_encoder_decoder else probe_model(model)
+    return shape, max_positions(model.config)
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:

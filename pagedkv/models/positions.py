@@ -130,12 +130,14 @@ class PositionTables(TorchFunctionMode):
 
     Attributes:
         reach: positions that the shortest table has rows for; None where no table was read.
+        tables: those that were read.
     """
 
     def __init__(self, positions: Tensor) -> None:
         super().__init__()
         self._positions = positions
         self.reach: int | None = None
+        self.tables: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -152,6 +154,7 @@ class PositionTables(TorchFunctionMode):
             return
         distance = indices.reshape(-1) - self._positions
         if bool((distance == distance[0]).all()):
+            self.tables.append(table)
             rows = int(table.shape[0]) - int(distance[0])
             self.reach = rows if self.reach is None else min(self.reach, rows)
 

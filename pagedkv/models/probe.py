@@ -6,7 +6,7 @@ does not say them for every model. On the meta device nothing is allocated and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ from pagedkv.models.attention_adapters import AttentionAdapters
 from pagedkv.models.bridge import attention_configs, pointed_at_us
 from pagedkv.models.call import ModelCall
 from pagedkv.models.context import AttentionCall, MaskFunction, StepContext, activate
-from pagedkv.models.facade import CacheFacade, marked_layer
+from pagedkv.models.facade import CacheFacade, cross_id, marked_layer
 from pagedkv.models.limits import max_positions, num_token_ids
 from pagedkv.models.masks import MaskCarriers, resolve_mask
 from pagedkv.models.positions import PositionTables
@@ -35,12 +35,36 @@ _EXPERTS = "_experts_implementation_internal"
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """What one forward showed about an encoder, and the decoder's use of it.
+
+    A slot holds K and V of self attention for a token of the decoder, or of cross attention for one of the encoder.
+
+    Attributes:
+        cross: from transformers' index of a layer with cross attention to the layer of a storage that holds its K and V: that of the same
+            layer's self attention where they have one shape, one of its own elsewhere.
+        width: of the encoder's hidden states.
+        dtype: of them.
+        max_source_tokens: tokens that the encoder has positions for; None where nothing limits them.
+        max_decoder_tokens: the same of the decoder.
+        tables: those of learned positions in the decoder.
+    """
+
+    cross: Mapping[int, int]
+    width: int
+    dtype: torch.dtype
+    max_source_tokens: int | None
+    max_decoder_tokens: int | None
+    tables: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What one forward showed about a model.
 
     Attributes:
         layer_ids: transformers' layer indices that store K/V, ascending; layer ``i`` of a storage is ``layer_ids[i]``. Before them come
-            negative ones for what indexers store, see ``facade.indexer_id``.
+            negative ones for what indexers store, see ``facade.indexer_id``, and cross attention, see ``facade.cross_id``.
         layers: the geometry of each of them.
         dtype: dtype of K and V.
         vocab_size: width of the logits.
@@ -48,6 +72,7 @@ class ModelShape:
         gathered: those of ``layer_ids`` whose K/V the model changes after storing them, so that it is given all of them.
         masks: for each of ``layers`` the masks with which its K/V are read, without repeats; none where the model's own code masks.
         states: the recurrent state that layers keep for each sequence.
+        encoder: of a model that has one, what it is asked and where its layers are stored.
     """
 
     layer_ids: tuple[int, ...]
@@ -58,6 +83,17 @@ class ModelShape:
     gathered: frozenset[int] = frozenset()
     masks: tuple[tuple[Mask, ...], ...] = ()
     states: tuple[StateSpec, ...] = ()
+    encoder: EncoderShape | None = None
+
+    def nbytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of K and V of self attention for a token, stored in a dtype."""
+        layers = zip(self.layer_ids, self.layers, strict=True)
+        return sum(layer.nbytes_per_token(dtype) for number, layer in layers if number > cross_id(0))
+
+    def nbytes_per_source_token(self, dtype: torch.dtype) -> int:
+        """The same of cross attention for a token of the encoder; 0 without one."""
+        places = () if self.encoder is None else self.encoder.cross.values()
+        return sum(self.layers[place].nbytes_per_token(dtype) for place in places)
 
     @property
     def windows(self) -> tuple[Mask, ...]:
@@ -143,7 +179,7 @@ def _record(call: ModelCall, step: StepContext, cache: Cache) -> int:
         # Whatever a model raises over our cache means one thing to the caller: it cannot be run.
         raise UnsupportedModelError(f"{type(call.model).__name__} failed over a paged cache: {type(error).__name__}: {error}") from error
     vocab_size = int(logits.shape[-1])
-    _check_config(call.model, vocab_size, tables)
+    check_stated(call.model, vocab_size, tables.reach)
     return vocab_size
 
 
@@ -264,13 +300,11 @@ def check_gathered(call: AttentionCall, num_keys: int | None) -> None:
         )
 
 
-def _check_config(model: PreTrainedModel, vocab_size: int, tables: PositionTables) -> None:
+def check_stated(model: PreTrainedModel, vocab_size: int, reach: int | None) -> None:
     """Raise ``UnsupportedModelError`` where the config says more than the model has: positions, or tokens."""
     name, stated = type(model).__name__, max_positions(model.config)
-    if tables.reach is not None and stated is not None and tables.reach < stated:
-        raise UnsupportedModelError(
-            f"the config of {name} states {stated} positions, its table of learned positions has rows for {tables.reach}"
-        )
+    if reach is not None and stated is not None and reach < stated:
+        raise UnsupportedModelError(f"the config of {name} states {stated} positions, its table of learned positions has rows for {reach}")
     named = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     for part, rows in (("output head scores", vocab_size), ("embedding reads", num_token_ids(model))):
         if isinstance(named, int) and rows < named:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from pagedkv.errors import InvalidRequestError
-from pagedkv.models.limits import eos_token_ids
+from pagedkv.models.limits import decoder_start_token_id, eos_token_ids
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,7 +78,9 @@ def build_processors(
     eos = list(eos_token_ids(model)) or None
     factory: Any = model  # these methods come from GenerationMixin, which a PreTrainedModel need not have
     try:
-        config = GenerationConfig(**options, eos_token_id=eos, num_beams=1, num_return_sequences=1)  # type: ignore[no-untyped-call]
+        # The token that a decoder begins with is only asked for: no processor looks at it.
+        begins = {"decoder_start_token_id": decoder_start_token_id(model) or 0} if model.config.is_encoder_decoder else {}
+        config = GenerationConfig(**options, **begins, eos_token_id=eos, num_beams=1, num_return_sequences=1)  # type: ignore[no-untyped-call]
         factory._prepare_special_tokens(config, device=model.device)
         return list(
             factory._get_logits_processor(

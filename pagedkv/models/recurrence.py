@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import ModelCall
-from pagedkv.models.context import AttentionCall, MaskFunction, activate
+from pagedkv.models.context import OwnAttention, activate
 from pagedkv.models.states import CONV, RECURRENT, StatefulCache, is_of_kind
 from pagedkv.storage import StateSpec
 
@@ -39,7 +38,7 @@ def _reads(call: ModelCall, specs: tuple[StateSpec, ...], kind: str, *, num_toke
     device = call.model.device
     states = {spec.name: torch.zeros(1, *spec.shape, dtype=spec.dtype, device=device) for spec in specs}
     _poison(states, kind)
-    step = _NewTokensAlone()
+    step = OwnAttention()  # it sees the new tokens alone
     positions = torch.arange(num_tokens, device=device)
     cache = StatefulCache(step, 0, config=call.model.config, states=states)
     with activate(step):
@@ -51,16 +50,3 @@ def _poison(states: Mapping[str, Tensor], kind: str) -> None:
     for name, tensor in states.items():
         if is_of_kind(name, kind):
             tensor.fill_(float("nan"))
-
-
-class _NewTokensAlone:
-    """A step whose attention sees the new tokens and nothing else."""
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
-        return None
-
-    def mask(self, mask_function: MaskFunction, num_queries: int, device: torch.device) -> Tensor:
-        raise UnsupportedModelError("the model's own attention was asked for, but it asks ours")
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        raise UnsupportedModelError("the model's own attention was asked for, but it asks ours")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel, unwrapped
@@ -46,8 +46,10 @@ def check_model(model: object) -> PreTrainedModel:
 
 def check_config(config: PreTrainedConfig, *, name: str) -> None:
     """Raise ``UnsupportedModelError`` for a config that cannot be run exactly, whatever the weights."""
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model: only decoders are supported in this release")
+    if config.is_encoder_decoder and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{name}: transformers knows no encoder-decoder of it that reads text; its encoder reads images or sound"
+        )
     text = config.get_text_config(decoder=True)
     for candidate in (config, text):
         reason = _DENIED.get(candidate.model_type)

@@ -18,11 +18,12 @@ from pagedkv.checks import integer
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, UnsupportedModelError
 from pagedkv.models.adapters import AdaptedModel
 from pagedkv.models.alterations import Alterations
+from pagedkv.models.encoder_limits import encoder_limits
 from pagedkv.models.fusion import FusionReport
 from pagedkv.models.groups import group_layers
 from pagedkv.models.hidden_states import HiddenStates
 from pagedkv.models.input_embeddings import InputEmbeddings
-from pagedkv.models.limits import eos_token_ids, num_token_ids
+from pagedkv.models.limits import eos_token_ids, num_decoder_token_ids, num_token_ids
 from pagedkv.models.own_cache import bounded_by_own_cache
 from pagedkv.models.packed import PackedTier
 from pagedkv.models.packed_linears import PackingReport
@@ -42,16 +43,16 @@ class ModelRunner:
     forward, for each way of running it until one passes. A model that passes none is refused, so that a wrong token is never served.
 
     Args:
-        model: a causal language model in evaluation mode on one device, or a wrapper around one with adapters in its layers
-            (PEFT's). It is not changed; its attention implementation is switched, and packed layers are put in place, only while
-            ``forward`` runs, and ordinary calls of the model in between (also from other threads) compute what they did before.
-            Parameters may require gradients: ``forward`` runs under ``no_grad``.
+        model: a language model in evaluation mode on one device, a decoder or an encoder-decoder, or a wrapper around one with
+            adapters in its layers (PEFT's). It is not changed; its attention implementation is switched, and packed layers are put in
+            place, only while ``forward`` runs, and ordinary calls of the model in between (also from other threads) compute what they
+            did before. Parameters may require gradients: ``forward`` runs under ``no_grad``.
         backend: name or object, as ``get_backend`` takes it. Where one is named, only the packed tier is tried.
         block_size: tokens per block.
         tier: ``"auto"``: the fastest way of running the model that is right. ``"packed"``: attention reads blocks in place, where
             needed over gathered K/V. ``"dense"``: the model's own attention over K/V gathered for each step, which any model with a
             K/V cache allows; ``"dense-equal"``: the same for sequences of one length at a time, for models that count positions from one
-            number for the whole batch.
+            number for the whole batch. ``"encoder-decoder"`` and ``"encoder-decoder-equal"`` are these two of an encoder-decoder.
         pack_linears: whether linear layers run with weights repacked for oneDNN, those that read the same input as one
             product; on the CPU only. True: all that can be. False: none. ``"auto"``: those large enough to gain (with one
             thread and AVX2, an output head at most), where the copies take at most half of the free memory. The copies are in
@@ -74,8 +75,9 @@ class ModelRunner:
         grouped_layers: the same, by layer group: layers with a sliding or chunked mask of one size share one.
         windows: what the layers of each group read; None for everything, as in the first group always.
         vocab_size: width of the logits.
-        num_token_ids: token ids from 0 that the model can read; usually ``vocab_size``.
-        max_positions: longest sequence that is served, or None for no limit.
+        num_token_ids: token ids from 0 that the model can read, its encoder where it has one; usually ``vocab_size``.
+        encoder: what the encoder and the decoder of an encoder-decoder can be asked; None for others.
+        max_positions: longest sequence that is served, or None for no limit; of an encoder-decoder both parts together.
         max_positions_reason: why it is less than the config states; None where it is not.
         far_positions: longest sequence that is served where the prompt alone is longer than ``max_positions`` and its tokens are marked by
             ``far_apart``; None where none is.
@@ -128,8 +130,12 @@ class ModelRunner:
         self.device = model.device
         self.num_token_ids = num_token_ids(model)
         # Ids that a head could name but the embedding could not read are never offered to a sampler.
-        self.vocab_size = min(choice.tier.shape.vocab_size, self.num_token_ids)
-        positions = bounded_by_own_cache(self._rotaries.positions, model, choice.tier.shape)
+        self.vocab_size = min(choice.tier.shape.vocab_size, num_decoder_token_ids(model))
+        self.encoder = encoder_limits(model, choice.tier.shape)
+        if self.encoder is not None:
+            positions = self.encoder.positions(self._rotaries)
+        else:
+            positions = bounded_by_own_cache(self._rotaries.positions, model, choice.tier.shape)
         self.max_positions, self.max_positions_reason = positions.reach, positions.reason
         self.far_positions = positions.far_reach
         self.eos_token_ids = eos_token_ids(model)
@@ -206,7 +212,8 @@ class ModelRunner:
             StepError: another step of the same model is running (in another thread).
 
         Cost: packed, one forward; our own part is about 25 microseconds a layer and 100 a step. Dense, one forward for each query
-        length of the step, and a copy of all K/V that it reads. The head runs on ``K`` rows only.
+        length of the step, and a copy of all K/V that it reads. The head runs on ``K`` rows only. The encoder of an encoder-decoder
+        runs where the first tokens of its inputs are due.
         """
         self._check_open()
         self._check_storage(storage)
@@ -216,6 +223,7 @@ class ModelRunner:
     def check_hidden_states(self) -> None:
         """Raise ``UnsupportedModelError`` where ``forward_with_hidden_states`` cannot be used; a forward of 3 tokens the first time."""
         self._check_open()
+        self._refuse_with_encoder("hidden states as embeddings")
         self._hidden_states.body()
 
     def forward_with_hidden_states(self, batch: StepBatch, storage: KVStorage) -> tuple[Tensor, Tensor]:
@@ -247,6 +255,7 @@ class ModelRunner:
             UnsupportedModelError: the model takes no such prompts; a forward or two of 3 tokens, the first time.
         """
         self._check_open()
+        self._refuse_with_encoder("prompt_embeds")
         width = self._input_embeddings.width()
         if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 2 or values.shape[1] != width:
             form = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
@@ -295,6 +304,10 @@ class ModelRunner:
             raise ClosedError("the model runner is closed")
         if self._model.training:
             raise UnsupportedModelError("the model was put in training mode: a K/V cache is for inference, call model.eval()")
+
+    def _refuse_with_encoder(self, what: str) -> None:
+        if self.encoder is not None:
+            raise UnsupportedModelError(f"{type(self._model).__name__} is an encoder-decoder model: {what} are served for decoders only")
 
     def _check_storage(self, storage: KVStorage) -> None:
         pools = storage.layers

@@ -2,11 +2,14 @@
 
 Owns the check's sequences, its schedule and the bounds. It does not own how a step runs (``packed.py``, ``dense.py``). The reference is
 transformers' own forward of each sequence alone, without any cache; never code of ours.
+
+A sequence of an encoder-decoder begins with the encoder's input. What is compared are the logits of the decoder's tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,11 +20,12 @@ from torch import Tensor
 from pagedkv.attention import Mask
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import ModelCall
-from pagedkv.models.limits import num_token_ids
+from pagedkv.models.limits import num_decoder_token_ids, num_token_ids
+from pagedkv.models.pair_call import PairCall
 from pagedkv.models.probe import ModelShape
 from pagedkv.models.recurrence import RecurrentState
-from pagedkv.plan import StepPlan
-from pagedkv.storage import BatchBuilder, KVStorage, StateStorage, StepBatch
+from pagedkv.plan import Int32Array, StepPlan
+from pagedkv.storage import BatchBuilder, KVStorage, Source, StateStorage, StepBatch
 
 _SEED = 20260101
 # A window up to this size is crossed for real; a larger one rests on the classification of its mask.
@@ -29,6 +33,8 @@ _MAX_CHECKED_WINDOW = 64
 _MAX_CHECKED_BLOCK = 32
 # Errors of recurrent state add up, so it is followed through so many steps of one token.
 _NUM_SINGLE = 12
+# Tokens of the encoder for each sequence, in blocks and more: ragged, and none that ends with a block.
+_SOURCE_LENS = ((1, 5), (0, 11), (1, 9))
 # Largest logit difference, relative to the largest logit. In half precision one token may fall on the other side of a
 # tie (an expert, a rounding), so there a tenth of the positions may exceed the bound, but ranks must agree.
 EXACT_DTYPES = (torch.float32, torch.float64)
@@ -97,7 +103,27 @@ class CheckedTier(Protocol):
         """Logits of one step."""
 
 
-def self_check(tier: CheckedTier, call: ModelCall, *, block_size: int, max_positions: int | None) -> SelfCheck:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequence:
+    """What is run of one sequence: ``source [E]`` of the encoder, empty without one, and ``tokens [T]``."""
+
+    source: Tensor
+    tokens: Tensor
+
+    @property
+    def known(self) -> Int32Array:
+        """``[E + T]`` both."""
+        return torch.cat([self.source, self.tokens]).numpy().astype(np.int32)
+
+    def reference(self, call: ModelCall | PairCall) -> Tensor:
+        """``[T, V]`` by the model's own forward."""
+        device = call.model.device
+        if isinstance(call, PairCall):
+            return call.plain(self.source.to(device), self.tokens.to(device))
+        return call.plain(self.tokens.to(device))
+
+
+def self_check(tier: CheckedTier, call: ModelCall | PairCall, *, block_size: int, max_positions: int | None) -> SelfCheck:
     """Compare paged steps with the model's own forward on random tokens, and refuse the tier if they differ.
 
     Ragged sequences in one batch, a prefill in chunks mixed with decodes, chunks of one length with and without a past, permuted
@@ -114,17 +140,40 @@ def self_check(tier: CheckedTier, call: ModelCall, *, block_size: int, max_posit
 
     Cost: three short forwards of the model and four steps, about 90 tokens in all for a model without small windows.
     """
-    model = call.model
-    num_ids = num_token_ids(model)
     num_single = 0 if tier.recurrent_state == "none" else _NUM_SINGLE
     lens = _sequence_lens(tier.shape.windows, block_size=block_size, most=max_positions, num_single=num_single)
-    schedule = _schedule(lens, whole=tier.recurrent_state == "whole", num_single=num_single)
+    sequences = _pairs(tier.shape, call, lens, block_size) if isinstance(call, PairCall) else _decoders(call, lens)
+    schedule = _schedule([len(each.known) for each in sequences], whole=tier.recurrent_state == "whole", num_single=num_single)
+    vocab_size = min(tier.shape.vocab_size, num_decoder_token_ids(call.model))
+    reference = [each.reference(call)[:, :vocab_size].float() for each in sequences]
+    ours = _run(tier, sequences, schedule, block_size=block_size, device=call.model.device)
+    return _judge(tier, [logits[:, :vocab_size].float() for logits in ours], reference, num_steps=len(schedule))
+
+
+def _decoders(call: ModelCall, lens: Sequence[int]) -> list[_Sequence]:
     generator = torch.Generator().manual_seed(_SEED)
-    tokens = [torch.randint(0, num_ids, (length,), generator=generator) for length in lens]
-    vocab_size = min(tier.shape.vocab_size, num_ids)
-    reference = [call.plain(row.to(model.device))[:, :vocab_size].float() for row in tokens]
-    paged = [logits[:, :vocab_size].float() for logits in _run(tier, tokens, schedule, block_size=block_size, device=model.device)]
-    return _judge(tier, paged, reference, num_steps=len(schedule))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return [_Sequence(nothing, torch.randint(0, num_token_ids(call.model), (length,), generator=generator)) for length in lens]
+
+
+def _pairs(shape: ModelShape, call: PairCall, lens: Sequence[int], block_size: int) -> list[_Sequence]:
+    """Sequences without the token that pads, which some models leave out of their count of positions."""
+    generator = torch.Generator().manual_seed(_SEED)
+    limits = shape.encoder
+    most_source, most = (None, None) if limits is None else (limits.max_source_tokens, limits.max_decoder_tokens)
+    pad = getattr(call.model.config, "pad_token_id", None)
+
+    def draw(num_ids: int, length: int, most: int | None) -> Tensor:
+        ids = torch.randint(0, num_ids, (length if most is None else min(length, most),), generator=generator)
+        return ids.masked_fill(ids == pad, (pad + 1) % num_ids) if isinstance(pad, int) else ids
+
+    return [
+        _Sequence(
+            draw(num_token_ids(call.model), blocks * min(block_size, _MAX_CHECKED_BLOCK) + more, most_source),
+            draw(num_decoder_token_ids(call.model), length, most),
+        )
+        for length, (blocks, more) in zip(lens, _SOURCE_LENS, strict=True)
+    ]
 
 
 def _sequence_lens(windows: tuple[Mask, ...], *, block_size: int, most: int | None, num_single: int) -> tuple[int, ...]:
@@ -139,7 +188,7 @@ def _sequence_lens(windows: tuple[Mask, ...], *, block_size: int, most: int | No
     return max(longest, 5) + num_single, second, second + 1 if second < longest else max(longest, 5)
 
 
-def _schedule(lens: tuple[int, ...], *, whole: bool = False, num_single: int = 0) -> list[list[tuple[int, int]]]:
+def _schedule(lens: Sequence[int], *, whole: bool = False, num_single: int = 0) -> list[list[tuple[int, int]]]:
     """Steps as lists of (sequence, number of tokens), decodes first.
 
     Args:
@@ -163,29 +212,31 @@ def new_storage(shape: ModelShape, *, num_blocks: int, num_rows: int, block_size
 
 
 def _run(
-    tier: CheckedTier, tokens: list[Tensor], schedule: list[list[tuple[int, int]]], *, block_size: int, device: torch.device
+    tier: CheckedTier, sequences: list[_Sequence], schedule: list[list[tuple[int, int]]], *, block_size: int, device: torch.device
 ) -> list[Tensor]:
     """The logits of every position of every sequence, by paged steps over blocks that hold NaN until they are written."""
     size, shape = block_size, tier.shape
-    needed = [-(-len(row) // size) for row in tokens]
+    needed = [-(-len(each.known) // size) for each in sequences]
     order = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(_SEED + 1)).numpy() + 1
-    tables = np.zeros((1, len(tokens), max(needed)), dtype=np.int32)
+    tables = np.zeros((1, len(sequences), max(needed)), dtype=np.int32)
     for row, count in enumerate(needed):
         tables[0, row, :count] = order[sum(needed[:row]) : sum(needed[: row + 1])]
-    storage = new_storage(shape, num_blocks=len(order) + 1, num_rows=len(tokens), block_size=size, device=device)
+    storage = new_storage(shape, num_blocks=len(order) + 1, num_rows=len(sequences), block_size=size, device=device)
+    sources = [Source(each.source.numpy().astype(np.int32)) for each in sequences]
     try:
         storage.fill(list(range(1, len(order) + 1)), float("nan"))
         if storage.state is not None:
-            storage.state.fill(np.arange(len(tokens)), float("nan"))
+            storage.state.fill(np.arange(len(sequences)), float("nan"))
         builder = BatchBuilder(device, size)
-        done = [0] * len(tokens)
-        parts: list[list[Tensor]] = [[] for _ in tokens]
+        done = [0] * len(sequences)
+        parts: list[list[Tensor]] = [[] for _ in sequences]
         for number, step in enumerate(schedule):
-            plan = _plan(number, step, tokens=tokens, done=done, tables=tables, block_size=size)
-            logits = tier.forward(builder.build(plan), storage)
+            plan = _plan(number, step, sequences=sequences, done=done, tables=tables, block_size=size)
+            logits = tier.forward(builder.build(plan, [sources[sequence] for sequence, _ in step]), storage)
             if storage.state is not None:
                 storage.state.commit()
-            for (sequence, count), part in zip(step, torch.split(logits, [count for _, count in step]), strict=True):
+            counts = [max(0, done[each] + count - max(done[each], len(sources[each]))) for each, count in step]
+            for (sequence, count), part in zip(step, torch.split(logits, counts), strict=True):
                 parts[sequence].append(part)
                 done[sequence] += count
         return [torch.cat(part) for part in parts]
@@ -197,7 +248,7 @@ def _plan(
     number: int,
     step: list[tuple[int, int]],
     *,
-    tokens: list[Tensor],
+    sequences: list[_Sequence],
     done: list[int],
     tables: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
     block_size: int,
@@ -209,13 +260,14 @@ def _plan(
     positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, query_lens, strict=True)])
     owners = np.repeat(rows, query_lens)
     slots = tables[0, owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    ids = np.concatenate([tokens[row][start : start + count].numpy() for row, start, count in zip(rows, starts, query_lens, strict=True)])
+    known = [each.known for each in sequences]
+    source_lens = np.array([len(each.source) for each in sequences])
     every = np.arange(len(step), dtype=np.int64)
     return StepPlan(
         step=number,
         seqs=rows,
         rows=rows,
-        token_ids=ids.astype(np.int32),
+        token_ids=np.array([known[owner][position] for owner, position in zip(owners, positions, strict=True)], dtype=np.int32),
         positions=positions.astype(np.int32),
         query_lens=query_lens,
         seq_lens=starts + query_lens,
@@ -224,7 +276,7 @@ def _plan(
         block_tables=tables,
         copies=(np.zeros((0, 2), dtype=np.int32),),
         num_decodes=int((query_lens == 1).sum()),
-        logits_indices=np.arange(len(ids), dtype=np.int64),
+        logits_indices=np.flatnonzero(positions >= source_lens[owners]),
         sampling_seqs=every,
         sampling_logits=cumulative[1:].astype(np.int64) - 1,
     )

@@ -1,6 +1,7 @@
 """Which way a model is run: the ways there are, tried from the fastest on, and the first that the self-check finds right.
 
-Owns the choice and the account of it. What a way is, is said in ``packed.py`` and ``dense.py``; what right is, in ``selfcheck.py``.
+Owns the choice and the account of it. What a way is, is said in ``packed.py``, ``dense.py`` and ``encoder_decoder.py``; what right is, in
+``selfcheck.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from pagedkv.checks import shown
 from pagedkv.errors import ConfigError, UnsupportedBackendError, UnsupportedModelError
 from pagedkv.models.call import ModelCall
 from pagedkv.models.dense import DenseTier
+from pagedkv.models.encoder_decoder import EncoderDecoderTier
 from pagedkv.models.float32_copy import Float32Copy
 from pagedkv.models.packed import PackedTier
+from pagedkv.models.pair_call import PairCall
+from pagedkv.models.pair_probe import check_keeps_modules
 from pagedkv.models.probe import ModelShape
 from pagedkv.models.recurrence import RecurrentState, reads_state_in_chunks
 from pagedkv.models.refusals import refusal
@@ -29,8 +33,9 @@ from pagedkv.models.replacements import Replacements, Wanted
 from pagedkv.models.selfcheck import EXACT_DTYPES, CopyCheck, SelfCheck, self_check
 from pagedkv.storage import KVStorage, StepBatch
 
-TierName = Literal["auto", "packed", "dense", "dense-equal"]
+TierName = Literal["auto", "packed", "dense", "dense-equal", "encoder-decoder", "encoder-decoder-equal"]
 _TIERS = ("packed", "dense", "dense-equal")
+_PAIR_TIERS = ("encoder-decoder", "encoder-decoder-equal")
 
 
 class Tier(Protocol):
@@ -73,6 +78,8 @@ class TierReport:
     Attributes:
         name: ``"packed"``: all tokens of a step in one row, attention reads blocks in place; ``"dense"``: one row a sequence, the model's
             own attention over K/V gathered from blocks; ``"dense-equal"``: the same, for rows of one length at a time.
+            ``"encoder-decoder"`` and ``"encoder-decoder-equal"``: the same for a decoder with an encoder, whose K/V of cross attention lie
+            in blocks, too.
         layers: for each layer that stores K/V, how they are read: ``"in place"``, ``"gathered"`` (the model changes them after storing)
             or ``"dense"``.
         masks: for each of them the masks with which they are read; none where the model's own code masks.
@@ -137,8 +144,8 @@ def choose_tier(
 
     Cost: for each way that is tried, a probe and a self-check; in half precision another one on a copy of a few layers in float32.
     """
-    call = ModelCall(model)
-    names = _names(wanted, backend)
+    call = _call_of(model)
+    names = _names(wanted, backend, pair=isinstance(call, PairCall))
     rejected: dict[str, str] = {}
     copy: Float32Copy | None = None
     for name in names:
@@ -161,23 +168,39 @@ def choose_tier(
     raise refusal(model, rejected)
 
 
-def _names(wanted: TierName, backend: str | AttentionBackend) -> tuple[str, ...]:
-    if wanted not in ("auto", *_TIERS):
-        raise ConfigError(f"tier is {shown(wanted)}: it must be one of auto, {', '.join(_TIERS)}")
+def _call_of(model: PreTrainedModel) -> ModelCall | PairCall:
+    if not model.config.is_encoder_decoder:
+        return ModelCall(model)
+    call = PairCall(model)
+    check_keeps_modules(call)
+    return call
+
+
+def _names(wanted: TierName, backend: str | AttentionBackend, *, pair: bool) -> tuple[str, ...]:
+    """The ways to try of a model that is an encoder-decoder, or is not."""
+    if wanted not in ("auto", *_TIERS, *_PAIR_TIERS):
+        raise ConfigError(f"tier is {shown(wanted)}: it must be one of auto, {', '.join((*_TIERS, *_PAIR_TIERS))}")
+    there = _PAIR_TIERS if pair else _TIERS
+    if wanted not in ("auto", *there):
+        kind = f"{'an' if pair else 'no'} encoder-decoder"
+        raise ConfigError(f"tier is {wanted!r} and the model is {kind}: use auto, {', '.join(there)}")
     if backend == "auto":
-        return _TIERS if wanted == "auto" else (wanted,)
-    if wanted not in ("auto", "packed"):
-        raise ConfigError(f"tier is {wanted!r} and a backend is named: the model's own attention runs there, leave the backend 'auto'")
+        return there if wanted == "auto" else (wanted,)
+    if pair or wanted not in ("auto", "packed"):
+        way = f"tier is {wanted!r}" if not pair else "the model is an encoder-decoder"
+        raise ConfigError(f"{way} and a backend is named: the model's own attention runs there, leave the backend 'auto'")
     return ("packed",)
 
 
-def _made(name: str, call: ModelCall, replacements: Replacements, *, backend: str | AttentionBackend, block_size: int) -> Tier:
+def _made(name: str, call: ModelCall | PairCall, replacements: Replacements, *, backend: str | AttentionBackend, block_size: int) -> Tier:
+    if isinstance(call, PairCall):
+        return EncoderDecoderTier(call, replacements, equal=name == "encoder-decoder-equal")
     if name == "packed":
         return PackedTier(call, replacements, backend=backend, block_size=block_size)
     return DenseTier(call, replacements, equal=name == "dense-equal")
 
 
-def _proven(tier: Tier, call: ModelCall, replacements: Replacements, *, block_size: int, max_positions: int | None) -> SelfCheck:
+def _proven(tier: Tier, call: ModelCall | PairCall, replacements: Replacements, *, block_size: int, max_positions: int | None) -> SelfCheck:
     # Whatever goes wrong (logits, a view that a part of a merged product does not allow): if it is due to what stands in for
     # the model's modules, the model passes without, and if not, it fails again.
     while True:
@@ -188,9 +211,9 @@ def _proven(tier: Tier, call: ModelCall, replacements: Replacements, *, block_si
                 raise
 
 
-def _checked(tier: Tier, call: ModelCall, *, block_size: int, max_positions: int | None) -> SelfCheck:
+def _checked(tier: Tier, call: ModelCall | PairCall, *, block_size: int, max_positions: int | None) -> SelfCheck:
     """The self-check in chunks, or with prompts in one piece where the model does not go on from its state with several tokens at once."""
-    if tier.recurrent_state == "none":
+    if tier.recurrent_state == "none" or isinstance(call, PairCall):
         return self_check(tier, call, block_size=block_size, max_positions=max_positions)
     if reads_state_in_chunks(call, tier.shape.states):
         tier.recurrent_state = "chunked"
@@ -206,7 +229,7 @@ def _exactly(
     """The self-check of a tier in half precision, together with that of the same tier over a copy in float32."""
     if copy.model is None:
         return replace(check, why_no_copy=copy.reason)
-    call, replacements = ModelCall(copy.model), Replacements(copy.model, pack_linears=False, fuse=False)
+    call, replacements = _call_of(copy.model), Replacements(copy.model, pack_linears=False, fuse=False)
     try:
         twin = _made(tier.name, call, replacements, backend=backend, block_size=block_size)
     except Exception as error:  # the model was, so that this says something about the copy alone

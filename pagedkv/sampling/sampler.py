@@ -38,14 +38,16 @@ class TokenHistories:
     Attributes:
         tokens: ``[R, cap]`` int32, prompt first, what lies behind ``num_tokens`` is ignored.
         num_tokens: ``[R]`` int32, which is also the position of the token to draw.
+        begins: ``[R]`` int32 tokens before the prompt, which are an encoder's and no part of what is looked at; None for none.
     """
 
     tokens: Int32Array
     num_tokens: Int32Array
+    begins: Int32Array | None = None
 
     def row(self, row: int) -> Int32Array:
         """The tokens of one row, a view."""
-        return self.tokens[row, : self.num_tokens[row]]
+        return self.tokens[row, 0 if self.begins is None else self.begins[row] : self.num_tokens[row]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

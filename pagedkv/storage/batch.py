@@ -5,6 +5,7 @@ It owns the kept buffers behind the tensors. It does not own the plan, nor anyth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from pagedkv.checks import integer
 from pagedkv.errors import InvalidRequestError
 from pagedkv.plan import StepPlan
+from pagedkv.storage.source import Source
 from pagedkv.storage.storage import as_device
 
 
@@ -34,6 +36,7 @@ class StepBatch:
         cu_seqlens_q: ``[S + 1]`` int32.
         logits_indices: ``[K]`` int64.
         block_size: tokens in one block, which ``slot_mapping`` counts in.
+        sources: ``[S]`` what each sequence gives to the encoder, whose tokens are its first ones; empty for models without an encoder.
     """
 
     plan: StepPlan
@@ -47,6 +50,7 @@ class StepBatch:
     cu_seqlens_q: Tensor
     logits_indices: Tensor
     block_size: int
+    sources: Sequence[Source] = ()
 
 
 class BatchBuilder:
@@ -64,11 +68,12 @@ class BatchBuilder:
         self.device = as_device(device)
         self._buffers: dict[str, _Buffer] = {}
 
-    def build(self, plan: StepPlan) -> StepBatch:
+    def build(self, plan: StepPlan, sources: Sequence[Source] = ()) -> StepBatch:
         """Copy one plan to the device.
 
         Args:
             plan: a step of at least one sequence.
+            sources: ``[S]`` for a model with an encoder, what each sequence gives to it.
 
         Returns:
             the batch, valid until the next call.
@@ -96,6 +101,7 @@ class BatchBuilder:
             cu_seqlens_q=self._put("cu_seqlens_q", plan.cu_seqlens_q, torch.int32),
             logits_indices=self._put("logits_indices", plan.logits_indices, torch.int64),
             block_size=self.block_size,
+            sources=sources,
         )
 
     def _check(self, plan: StepPlan) -> None:

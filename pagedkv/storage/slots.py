@@ -25,26 +25,33 @@ class Slots:
     offsets: Tensor
 
 
-def right_aligned_slots(plan: StepPlan, seqs: Int64Array, *, group: int, block_size: int, device: torch.device) -> Slots:
-    """All stored tokens of some sequences, one row each, every row ending with its sequence's last token.
+def right_aligned_slots(
+    plan: StepPlan, seqs: Int64Array, *, lens: Int64Array, starts: Int64Array, group: int, block_size: int, device: torch.device
+) -> Slots:
+    """Stored tokens of some sequences, one row each, every row ending with its sequence's last token.
 
     Args:
         plan: the step.
         seqs: ``[R]`` places of the sequences in the plan.
+        lens: ``[R]`` tokens of each row.
+        starts: ``[R]`` tokens that the sequence's table has before them.
         group: layer group, which selects the block tables.
         block_size: tokens in one block.
         device: where the index tensors go.
 
     Returns:
-        ``[R, K]`` slots, ``K`` the length of the longest sequence; the null block, which holds zeros, pads on the left.
+        ``[R, K]`` slots, ``K`` the length of the longest row; the null block, which holds zeros, pads on the left.
     """
-    lens = plan.seq_lens[seqs].astype(np.int64)
     positions = np.arange(lens.max()) - (lens.max() - lens)[:, None]
     inside = positions >= 0
-    positions = np.where(inside, positions, 0)
-    tables = plan.block_tables[group]
-    blocks = np.where(inside, tables[plan.rows[seqs][:, None], positions // block_size], 0)
-    return _on(device, blocks, positions % block_size)
+    return _rows_on(device, plan, seqs, np.where(inside, positions + starts[:, None], 0), inside, group=group, block_size=block_size)
+
+
+def left_aligned_slots(plan: StepPlan, seqs: Int64Array, *, lens: Int64Array, group: int, block_size: int, device: torch.device) -> Slots:
+    """The first ``lens [R]`` tokens of some sequences, one row each: ``[R, max(lens)]`` slots, the null block pads on the right."""
+    positions = np.arange(lens.max()) + np.zeros_like(seqs)[:, None]
+    inside = positions < lens[:, None]
+    return _rows_on(device, plan, seqs, np.where(inside, positions, 0), inside, group=group, block_size=block_size)
 
 
 def packed_slots(plan: StepPlan, *, group: int, block_size: int, device: torch.device) -> Slots:
@@ -53,6 +60,22 @@ def packed_slots(plan: StepPlan, *, group: int, block_size: int, device: torch.d
     owners = np.repeat(np.arange(len(lens)), lens)
     positions = np.arange(len(owners)) - np.repeat(np.cumsum(lens) - lens, lens)
     return _on(device, plan.block_tables[group][plan.rows[owners], positions // block_size], positions % block_size)
+
+
+def _rows_on(
+    device: torch.device,
+    plan: StepPlan,
+    seqs: Int64Array,
+    positions: Int64Array,
+    inside: npt.NDArray[np.bool_],
+    *,
+    group: int,
+    block_size: int,
+) -> Slots:
+    """The slots of ``[R, K]`` positions of these sequences' tables, and the null block where nothing is inside."""
+    tables = plan.block_tables[group]
+    blocks = np.where(inside, tables[plan.rows[seqs][:, None], positions // block_size], 0)
+    return _on(device, blocks, positions % block_size)
 
 
 def _on(device: torch.device, blocks: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer]) -> Slots:

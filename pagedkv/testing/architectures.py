@@ -108,7 +108,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2},
 }
 """What single architectures need beyond the table, most often because two of its fields must agree in them."""
-_SEQ2SEQ = {"is_decoder": False}
+_SEQ2SEQ = {"is_decoder": False, "decoder_start_token_id": 2}  # some configs leave the latter to checkpoints
 
 
 def decoder_architectures() -> tuple[str, ...]:

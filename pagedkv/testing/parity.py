@@ -34,7 +34,7 @@ _SHARED, _OWN = 14, 6  # tokens that a prompt of the prefix mix has in common wi
 _FORKED, _FORKS = 11, 3
 _NUM_NEW = 12
 _BUDGET = 8  # tokens of a step, fewer than most prompts have
-_LONGEST = max(_LENGTHS) + _NUM_NEW  # some models state none
+_LONGEST = max(_LENGTHS) + _NUM_NEW + 1  # some models state none; the decoder of an encoder-decoder begins with a token of its own
 _PREEMPT_AFTER = 5  # steps, so that the first request has tokens of its own
 _DRAWS = 20
 
@@ -46,7 +46,7 @@ class Alone:
     """What ``generate`` says to one prompt.
 
     Attributes:
-        prompt: token ids.
+        prompt: token ids; of an encoder-decoder, its encoder's.
         token_ids: greedy continuation, stops not looked at.
         logprobs: of each of them.
         margin: smallest distance of the two best logits of a step, relative to the largest logit.
@@ -87,7 +87,7 @@ class References:
     """What a model says alone, each prompt asked once.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a language model in evaluation mode, a decoder or an encoder-decoder.
         num_token_ids: prompts are drawn from the token ids below, 0 to 2 left out.
         seed: of the prompts.
 
@@ -142,11 +142,14 @@ def generate_alone(model: PreTrainedModel, prompt: Prompt, *, num_new: int = _NU
     """
     from transformers import GenerationConfig
 
+    from pagedkv.models.limits import decoder_start_token_id
+
     ids = torch.tensor([prompt], device=model.device)
     loop = cast("Callable[..., Any]", model.generate)
-    own = model.generation_config
+    own, is_pair = model.generation_config, model.config.is_encoder_decoder
+    begins = {"decoder_start_token_id": decoder_start_token_id(model)} if is_pair else {}
     # A checkpoint's defaults (tokens that are forced or suppressed) are wishes, not what the model computes.
-    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(pad_token_id=0, **begins)  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad():
             found = loop(
@@ -161,7 +164,7 @@ def generate_alone(model: PreTrainedModel, prompt: Prompt, *, num_new: int = _NU
     finally:
         model.generation_config = own
     logits = torch.stack(found.logits, dim=1)[0].float()
-    best, chosen = logits.topk(2).values, found.sequences[0, len(prompt) :]
+    best, chosen = logits.topk(2).values, found.sequences[0, 1 if is_pair else len(prompt) :]
     return Alone(
         prompt=prompt,
         token_ids=tuple(chosen.tolist()),
@@ -179,7 +182,7 @@ def run_mixes(runner: ModelRunner, references: References) -> tuple[MixReport, .
 
     Cost: some 60 steps.
     """
-    needed = [-(-(len(prompt) + _NUM_NEW) // _BLOCK_SIZE) for prompt in references.prompts]
+    needed = [-(-(len(prompt) + 1 + _NUM_NEW) // _BLOCK_SIZE) for prompt in references.prompts]
     roomy = _Mixes(runner, references, num_blocks=4 * sum(needed))
     reports = [
         roomy.run("ragged", references.prompts),

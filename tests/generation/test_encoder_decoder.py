@@ -9,40 +9,19 @@ from typing import Any
 import pytest
 import torch
 from generation_support import assert_same_tokens, prompts, small_model
+from pair_models import PAIRS, pair_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from pagedkv import CachePool, PagedCache, PagedEncoderDecoderCache
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, OutOfBlocksError, UnsupportedModelError
 from pagedkv.models import CACHE_ARGUMENT
 
-_BART: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128, "dropout": 0.0, "decoder_start_token_id": 2,
-    "pad_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": None,
-}  # fmt: skip
-_T5: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
-    "dropout_rate": 0.0,
-}  # fmt: skip
-MODELS = {"t5": _T5, "mt5": _T5, "bart": _BART, "marian": _BART, "pegasus": _BART}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"num_beams": 4, "num_return_sequences": 2},
 }
-
-
-def translator(name: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name, **MODELS[name]))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0.0, 0.25, generator=generator)
-    return model.eval()
 
 
 def sources(seed: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +41,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Any, *
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[CachePool]:
-    with CachePool(translator("t5"), num_blocks=80, block_size=4, check="step") as pool:
+    with CachePool(pair_model("t5"), num_blocks=80, block_size=4, check="step") as pool:
         yield pool
 
 
@@ -75,10 +54,10 @@ def test_prompt_look_up_over_blocks_gives_the_same_tokens(pool: CachePool) -> No
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("t5", "bart") else pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("t5", "bart") else pytest.mark.slow) for name in PAIRS])
 def test_generate_over_blocks_gives_the_same_tokens(name: str, mode: str) -> None:
     tokens, mask = sources(2)
-    with CachePool(translator(name), num_blocks=80, block_size=4, check="step") as pool:
+    with CachePool(pair_model(name), num_blocks=80, block_size=4, check="step") as pool:
         want = generate(pool.model, tokens, mask, None, **MODES[mode])
         pool.fill_free_blocks(float("nan"))
         with PagedEncoderDecoderCache(pool) as cache:
@@ -129,7 +108,7 @@ def test_copies_share_both_tables(pool: CachePool) -> None:
 
 
 def test_bare_cache_and_cache_of_a_decoder_are_refused(pool: CachePool) -> None:
-    for source in (pool, translator("t5")):
+    for source in (pool, pair_model("t5")):
         with pytest.raises(UnsupportedModelError, match="PagedEncoderDecoderCache"):
             PagedCache(source)
     with pytest.raises(UnsupportedModelError, match="no encoder-decoder"):
@@ -142,7 +121,7 @@ def test_bare_cache_and_cache_of_a_decoder_are_refused(pool: CachePool) -> None:
 
 def test_too_small_pool_gives_everything_back() -> None:
     tokens, mask = sources(5)
-    with PagedEncoderDecoderCache(translator("t5"), num_blocks=9, block_size=4) as cache:
+    with PagedEncoderDecoderCache(pair_model("t5"), num_blocks=9, block_size=4) as cache:
         pool = cache.block_pool
         with pytest.raises(OutOfBlocksError, match="num_blocks"):
             generate(pool.model, tokens.repeat(2, 1), mask.repeat(2, 1), cache)  # 16 blocks of cross attention

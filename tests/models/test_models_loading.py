@@ -52,10 +52,11 @@ def test_names_of_nothing_and_bad_values_are_refused(tmp_path: Path) -> None:
         load_model(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
-def test_folder_of_a_model_without_causal_class_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["vit", "whisper"])
+def test_folder_of_a_model_that_does_not_turn_text_into_text_is_refused(tmp_path: Path, model_type: str) -> None:
     from transformers import AutoConfig
 
-    AutoConfig.for_model("t5", vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4).save_pretrained(tmp_path)
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError):
         load_model(tmp_path)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pagedkv.attention import AttendOptions, AttentionSpec, StepAttention
 from pagedkv.attention.reference import ReferenceBackend
@@ -55,12 +55,6 @@ def test_objects_that_are_no_causal_language_model_are_refused() -> None:
     classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama")).eval()
     with pytest.raises(UnsupportedModelError, match="no causal language model head"):
         ModelRunner(classifier)
-
-
-def test_encoder_decoder_is_refused() -> None:
-    config = AutoConfig.for_model("t5", vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        ModelRunner(AutoModelForSeq2SeqLM.from_config(config).eval())
 
 
 def test_model_in_training_mode_is_refused() -> None:
