@@ -142,6 +142,7 @@ class HashModel:
         self.max_positions = max_positions
         self.max_positions_reason: str | None = None
         self.far_positions: int | None = None
+        self.encoder = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.recurrent_state = "none"
         self.windows = tuple(windows)

@@ -44,6 +44,7 @@ class SimulatedRunner:
         self.vocab_size, self.num_token_ids = inner.vocab_size, inner.num_token_ids
         self.max_positions, self.max_positions_reason = inner.max_positions, inner.max_positions_reason
         self.far_positions: int | None = None  # not simulated
+        self.encoder = inner.encoder
         self.eos_token_ids, self.windows, self.group_nbytes = inner.eos_token_ids, inner.windows, inner.group_nbytes
         self.recurrent_state = inner.recurrent_state
         self.fault: Fault | None = None
