@@ -64,6 +64,9 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": ("gpt_neo", {**_IDS, **_NEO, "attention_types": [[["global", "local"], 1]]}),
     "codegen": ("codegen", {**_GPT, "rotary_dim": 4, "n_ctx": 256}),
     "gpt_neox_japanese": ("gpt_neox_japanese", {**_IDS, **_JAPANESE}),
+    "xglm": ("xglm", _XGLM),
+    "rembert": ("rembert", {**_BASE, "is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 24}),
+    "megatron-bert": ("megatron-bert", {**_BASE, "is_decoder": True}),
 }
 """Models without transformers' attention interface, for which there are adapters: bloom, falcon_alibi and mpt know positions by ALiBi,
 gpt_neo has windows."""
@@ -93,7 +96,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Further configs of the same."""
 
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
-    "xglm": ("xglm", _XGLM),
+    "big_bird": ("big_bird", {**_BASE, "is_decoder": True, "attention_type": "original_full"}),
     "deepseek_v32": ("deepseek_v32", {**_LATENT, "index_topk": 6, "index_n_heads": 32, "index_head_dim": 8}),
 }
 """A model without transformers' attention interface or an adapter, and one with it whose layers choose 6 keys each, for which they compute

@@ -169,6 +169,40 @@ def _gpt_neo(module: Any, shared: Shared) -> Adapted:
     return _inner(module, scale=1.0, window=mask.size or None)
 
 
+def _three(module: Any, names: tuple[str, str, str], *, width: int, scale: float, output: str | None, cross: str) -> Adapted:
+    """For modules that have three projections and nothing but attention behind them.
+
+    Args:
+        module: the module.
+        names: of its projections of queries, keys and values.
+        width: of a head.
+        scale: factor on the scores.
+        output: name of the projection of what was attended; None where another module has it.
+        cross: name of the argument with another sequence to attend to.
+    """
+
+    def forward(step: StepContext, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **others: Any) -> tuple[Tensor, None]:
+        if others.get(cross) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} attends to another sequence")
+        parts = (getattr(module, name)(hidden_states) for name in names)
+        query, key, value = (part.view(*part.shape[:2], -1, width).transpose(1, 2) for part in parts)
+        key, value = _cache(others).update(key, value, module.layer_idx)
+        attended = _attend(module, step, query, key, value, scale=scale, mask=attention_mask).flatten(2)
+        return attended if output is None else getattr(module, output)(attended), None
+
+    return Adapted("forward", forward)
+
+
+def _bert(module: Any, shared: Shared) -> Adapted:
+    width = module.attention_head_size
+    return _three(module, ("query", "key", "value"), width=width, scale=width**-0.5, output=None, cross="encoder_hidden_states")
+
+
+def _xglm(module: Any, shared: Shared) -> Adapted:
+    names = ("q_proj", "k_proj", "v_proj")
+    return _three(module, names, width=module.head_dim, scale=module.scaling, output="out_proj", cross="key_value_states")
+
+
 def _modeling(module: nn.Module) -> Any:
     """The modeling file of the module's class."""
     return sys.modules[type(module).__module__]
@@ -196,7 +230,10 @@ ADAPTERS: Mapping[str, Callable[[Any, Shared], Adapted]] = MappingProxyType(
         "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": _gpt_neo,
         "transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention": _gpt_neox_japanese,
         "transformers.models.gptj.modeling_gptj.GPTJAttention": _gptj,
+        "transformers.models.megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention": _bert,
         "transformers.models.mpt.modeling_mpt.MptAttention": _mpt,
+        "transformers.models.rembert.modeling_rembert.RemBertSelfAttention": _bert,
+        "transformers.models.xglm.modeling_xglm.XGLMAttention": _xglm,
     }
 )
 """By the class that each is written for. Given a module and what its model's layers share, an adapter raises ``UnsupportedModelError``

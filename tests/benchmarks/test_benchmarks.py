@@ -45,6 +45,12 @@ def test_load_quick_run_says_what_the_self_check_adds_in_both_precisions(tmp_pat
         need(figures, f"{what}, self-check, s", f"{what}, self-check, s of processors", f"{what}, with packed and fused parts, s")
 
 
+def test_adapters_quick_run_compares_kinds_with_the_dense_tier(tmp_path: Path) -> None:
+    figures = run("adapters.py", tmp_path, "--only", "falcon, ALiBi;gpt_neo")["figures"]
+    for name in ("falcon, ALiBi", "gpt_neo"):
+        need(figures, *(f"{name}, 4 sequences, {way}" for way in ("packed, tokens/s", "dense, tokens/s", "times dense")))
+
+
 def test_embed_quick_run_gives_the_states_of_each_prompt_alone(tmp_path: Path) -> None:
     figures = run("embed.py", tmp_path)["figures"]
     need(figures, "one prompt at a time, s", "padded batches of 32, s", "LLM.embed, s")

@@ -59,13 +59,13 @@ def test_doctor_shows_the_layer_groups_and_what_a_half_precision_model_was_judge
 
 
 def test_doctor_of_a_model_that_runs_dense_says_why_not_faster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tier_model("xglm").save_pretrained(tmp_path)
+    tier_model("big_bird").save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tier"]["found"].startswith("dense: ")
     assert "AttentionInterface" in found["tier"]["reasons"][0]
     assert main(["doctor", str(tmp_path), "--tier", "packed"]) == 1
-    assert "XGLMForCausalLM: refused" in capsys.readouterr().out
+    assert "BigBirdForCausalLM: refused" in capsys.readouterr().out
 
 
 def test_doctor_of_a_model_that_runs_by_an_adapter_names_the_class_that_it_is_for(

@@ -62,9 +62,9 @@ def test_models_that_are_read_in_place_are_right_when_forced_dense(name: str) ->
 
 
 def test_choice_names_what_was_against_the_faster_tier() -> None:
-    tier = ModelRunner(tier_model("xglm"), block_size=4).tier
+    tier = ModelRunner(tier_model("big_bird"), block_size=4).tier
     assert "AttentionInterface" in tier.rejected["packed"]
-    assert str(tier).startswith("dense (2 layers dense); not packed: the code of XGLM")
+    assert str(tier).startswith("dense (2 layers dense); not packed: the code of BigBird")
     assert ModelRunner(tiny_model("llama"), block_size=4).tier.rejected == {}
 
 
@@ -85,9 +85,9 @@ def test_packed_tier_whose_numbers_are_wrong_gives_way_to_the_dense_one(monkeypa
 
 def test_tier_that_is_forced_is_the_only_one_tried() -> None:
     with pytest.raises(UnsupportedModelError, match="does not call attention"):
-        ModelRunner(tier_model("xglm"), block_size=4, tier="packed")
+        ModelRunner(tier_model("big_bird"), block_size=4, tier="packed")
     with pytest.raises(UnsupportedModelError, match="does not call attention"):
-        ModelRunner(tier_model("xglm"), block_size=4, backend="torch")
+        ModelRunner(tier_model("big_bird"), block_size=4, backend="torch")
     with pytest.raises(ConfigError, match="a backend is named"):
         ModelRunner(tier_model("bloom"), block_size=4, tier="dense", backend="torch")
     with pytest.raises(ConfigError, match="must be one of auto, packed, dense, dense-equal"):

@@ -17,8 +17,8 @@ from pagedkv.models import ModelRunner
 from pagedkv.testing.models import TINY_MODELS, tiny_model
 
 MODELS = (*ADAPTED, *DENSE, *EQUAL, *GATHERED)
-OFTEN = ("bloom", "xglm")  # in the grid
-LIKE_OTHERS = ("falcon_rotary", "codegen", "gpt_neox_japanese", "deepseek_v2")
+OFTEN = ("bloom", "big_bird")  # in the grid
+LIKE_OTHERS = ("falcon_rotary", "codegen", "gpt_neox_japanese", "xglm", "rembert", "megatron-bert", "deepseek_v2")
 KINDS = {**dict.fromkeys(ADAPTED, "in place"), **dict.fromkeys(GATHERED, "gathered")}
 NEW = 12
 
