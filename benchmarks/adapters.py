@@ -95,6 +95,7 @@ def measure(report: Report, name: str, model: PreTrainedModel, options: Namespac
         gain = rates["packed"].median / rates["dense"].median
         report.figure(f"{name}, {count} sequences, times dense", gain)
         rows.append([name, adapters, count, *rates.values(), f"{gain:.2f}"])
+        print(f"{name}, {count} sequences: {gain:.2f} times dense", flush=True)
     for llm in llms.values():
         llm.close()
     return rows

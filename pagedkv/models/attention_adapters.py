@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -104,8 +103,6 @@ def _stand_in(module: nn.Module, adapted: Adapted) -> nn.Module:
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step = active_step()
-        if step is None or torch.is_grad_enabled():
-            return own(*args, **kwargs)
-        return compute(step, *args, **kwargs)
+        return own(*args, **kwargs) if step is None else compute(step, *args, **kwargs)
 
     return stand_ins.derived(module, {adapted.method: method})

@@ -1,7 +1,8 @@
 """The packed tier: the step's tokens in one row without padding, attention through a function of ours that reads blocks in place.
 
-Layers whose K/V the model changes after storing them are gathered instead: see ``step.py``. It owns the masks and options that
-layers attend with, found once and kept from step to step.
+Layers whose K/V the model changes after storing them are gathered instead: see ``step.py``. Attention modules that ask for no function
+are adapted where an adapter fits: see ``attention_adapters.py``. It owns the masks and options that layers attend with, found once and
+kept from step to step.
 """
 
 from __future__ import annotations

@@ -50,9 +50,10 @@ class ModelRunner:
         backend: name or object, as ``get_backend`` takes it. Where one is named, only the packed tier is tried.
         block_size: tokens per block.
         tier: ``"auto"``: the fastest way of running the model that is right. ``"packed"``: attention reads blocks in place, where
-            needed over gathered K/V. ``"dense"``: the model's own attention over K/V gathered for each step, which any model with a
-            K/V cache allows; ``"dense-equal"``: the same for sequences of one length at a time, for models that count positions from one
-            number for the whole batch. ``"encoder-decoder"`` and ``"encoder-decoder-equal"`` are these two of an encoder-decoder.
+            needed over gathered K/V, or by adapters for modules that never ask for attention. ``"dense"``: the model's own attention over
+            K/V gathered for each step, which any model with a K/V cache allows; ``"dense-equal"``: the same for sequences of one length
+            at a time, for models that count positions from one number for the whole batch. ``"encoder-decoder"`` and
+            ``"encoder-decoder-equal"`` are these two of an encoder-decoder.
         pack_linears: whether linear layers run with weights repacked for oneDNN, those that read the same input as one
             product; on the CPU only. True: all that can be. False: none. ``"auto"``: those large enough to gain (with one
             thread and AVX2, an output head at most), where the copies take at most half of the free memory. The copies are in

@@ -18,12 +18,17 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese import GPTNeoXJapaneseAttention
 
 from pagedkv.attention import Mask
-from pagedkv.errors import UnsupportedModelError
-from pagedkv.models import ModelRunner, attention_adapters
+from pagedkv.errors import InvalidRequestError, UnsupportedModelError
+from pagedkv.models import CACHE_ARGUMENT, ModelRunner, attention_adapters
 from pagedkv.models.adapted_attention import ADAPTERS, Adapted
 from pagedkv.models.alibi import BiasColumns, linear_slopes
+from pagedkv.models.attention_adapters import AttentionAdapters
+from pagedkv.models.call import ModelCall
 from pagedkv.models.context import AttentionCall
+from pagedkv.models.probe import probe_packed
+from pagedkv.storage import BatchBuilder
 from pagedkv.testing.models import randomised
+from pagedkv.testing.plans import make_plan
 
 LENS = (17, 33, 6, 25)
 EARLY = ("bloom, 6 heads", "falcon, alibi, new", "mpt, clipped")
@@ -61,6 +66,12 @@ def test_report_names_the_class_that_the_adapter_is_for() -> None:
     assert str(tier) == "packed (2 layers in place, by an adapter for GPTNeoSelfAttention)"
     assert tier.adapters == ("GPTNeoSelfAttention",)
     assert tier.masks == ((Mask.causal(),), (Mask.sliding(8),))
+
+
+def test_backends_are_asked_for_alibi() -> None:
+    for name, alibi in (("bloom", True), ("mpt", True), ("gptj", False)):
+        model = tier_model(name)
+        assert {request.alibi for request in probe_packed(ModelCall(model), AttentionAdapters(model)).requests} == {alibi}
 
 
 def test_heads_that_share_keys_store_them_once() -> None:
@@ -262,6 +273,15 @@ def test_mask_that_is_another_than_the_config_says_is_not_adapted() -> None:
 
 
 # While a step runs.
+
+
+def test_forward_that_records_gradients_within_a_step_is_refused() -> None:
+    model = tier_model("bloom")
+    runner = ModelRunner(model, block_size=4)
+    storage = runner.new_storage(3)
+    batch = BatchBuilder("cpu", 4).build(make_plan([5], [5], block_tables=[[1, 2]], block_size=4))
+    with pytest.raises(InvalidRequestError, match="gradient"), runner.step(batch, storage) as cache:
+        model(input_ids=batch.token_ids[None], **{CACHE_ARGUMENT: cache})
 
 
 def test_ordinary_forward_in_another_thread_during_a_step_is_the_models_own() -> None:

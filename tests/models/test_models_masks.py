@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import masking_utils
@@ -9,6 +11,7 @@ from pagedkv.errors import UnsupportedModelError
 from pagedkv.models import classify_mask
 from pagedkv.models.context import AttentionCall
 from pagedkv.models.masks import MaskCarriers, resolve_mask
+from pagedkv.models.step import OptionsTable
 
 WINDOWS = (1, 2, 7, 8, 127, 4096, 100_003)
 
@@ -72,11 +75,28 @@ def test_unknown_mask_is_refused_only_when_it_is_used() -> None:
         carriers.mask_of(carrier)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_carrier_with_which_a_model_may_compute_is_one_number_on_its_device(device: str) -> None:
+    carrier = MaskCarriers(harmless=True).carrier(masking_utils.causal_mask_function, 4000, torch.device(device))
+    assert carrier.shape == (1, 1, 1, 1)  # a row for each token would become a square of all tokens
+    assert carrier.device.type == device
+
+
 def _call(mask: torch.Tensor | None, window: int | None) -> AttentionCall:
     empty = torch.zeros(1, 1, 1, 1)
     return AttentionCall(
         module=torch.nn.Identity(), query=empty, key=empty, value=empty, mask=mask, scale=1.0, softcap=None, window=window, sinks=None
     )
+
+
+def test_options_are_found_again_for_the_same_slopes_and_made_anew_for_others() -> None:
+    table, slopes = OptionsTable(MaskCarriers()), torch.tensor([0.5, 0.25])
+    first, other, none = (table.find(replace(_call(None, None), alibi_slopes=given)) for given in (slopes, slopes.clone(), None))
+    assert table.find(replace(_call(None, None), alibi_slopes=slopes)) is first
+    assert first.alibi_slopes is not None
+    assert torch.equal(first.alibi_slopes, slopes)
+    assert other is not first
+    assert none.alibi_slopes is None
 
 
 def test_window_stated_by_the_module_must_agree_with_the_mask() -> None:
