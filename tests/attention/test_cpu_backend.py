@@ -121,6 +121,19 @@ def test_attend_long_chunks_in_bfloat16_match_dense_attention(
     torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-2, atol=3e-3)
 
 
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("build", RUNNABLE)
+def test_attend_decodes_of_many_heads_match_dense_attention(build: str, dtype: torch.dtype, block_size: int) -> None:
+    generator = torch.Generator().manual_seed(block_size)
+    geometry = Geometry(11, 3, 40, 72, block_size, dtype)  # one item reads one of these heads, several or all, by the size of a block
+    case = make_case(geometry, [1, 1, 1], seq_lens=[600, 33, 1], generator=generator)
+    options = Variant(Mask.sliding(400), sinks=True, alibi=True).options(geometry, generator, torch.device("cpu"))
+    tolerance = TOLERANCE[dtype] / 3
+    actual = case.attend(CpuBackend(build=build, num_threads=2), options).double()
+    torch.testing.assert_close(actual, dense_attention(case, options), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("build", RUNNABLE)
 def test_attend_negative_scale_turns_the_order_of_scores(build: str) -> None:
     generator = torch.Generator().manual_seed(3)

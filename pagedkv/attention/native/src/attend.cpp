@@ -1,7 +1,6 @@
 // The C interface of one instruction set's build. No torch, no Python: addresses, strides and numbers in, a status out.
 #include <atomic>
 #include <new>
-#include <type_traits>
 
 #include "layers.h"
 #include "work.h"
@@ -20,10 +19,10 @@ constexpr int64_t SERIAL_COST = 20000;      // below so much work, waking other 
 constexpr int64_t SERIAL_ELEMENTS = 30000;  // the same, of operations on rows
 
 template <class T>
-void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_rows, Sums sums) {
-  const int group = step.group();
+void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_rows, int heads, Sums sums) {
+  const int group = heads ? num_rows : step.group();  // rows of one query
   for (int r = 0; r < num_rows; r++) {
-    const int row = first_row + r, head = kv_head * group + row % group;
+    const int row = first_row + r, head = kv_head * step.group() + row % group;
     float total = sums.sum[r], factor = 1;
     if (step.sinks) {
       const float sink = step.sinks[head] * LOG2E, most = sink > sums.most[r] ? sink : sums.most[r];
@@ -33,7 +32,10 @@ void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_r
     factor /= total;
     T* out = (T*)step.output + (step.cu_seqlens_q[seq] + row / group) * step.output_stride[0] + head * step.output_stride[1];
     const float* value = sums.value + (size_t)r * sums.stride;
-    for (int d = 0; d < step.value_dim; d += LANES) {
+    int d = 0;
+    if (heads)
+      for (; d + 2 * LANES <= step.value_dim; d += 2 * LANES) store_two(out + d, {load(value + d) * splat(factor), load(value + d + LANES) * splat(factor)});
+    for (; d < step.value_dim; d += LANES) {
       const Floats x = load(value + d) * splat(factor);
       if (d + LANES <= step.value_dim) store(out + d, x);
       else store_part(out + d, x, step.value_dim - d);
@@ -48,14 +50,9 @@ void run_item(const Step& step, const Item& item, float* scratch, float* partial
   const size_t head = partial_floats(step, tile_rows(step));
   float* place = item.partial < 0 ? scratch : partials + partial_floats(step, partial_rows) * item.partial;
   const Sums sums = sums_at(step, place, item.num_rows);
-  if (item.tiled) {
-#if defined(PAIRS)
-    if constexpr (std::is_same<T, bfloat16>::value) attend_pairs(step, item, scratch + head, sums);
-    else
-#endif
-      attend_tiles<T>(step, item, scratch + head, sums);
-  } else attend_rows<T>(step, item, scratch + head, sums);
-  if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, sums);
+  if (item.heads) attend_rows<T>(step, item, scratch + head, sums);
+  else attend_many<T>(step, item, scratch + head, sums);
+  if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, item.heads, sums);
 }
 
 template <class T>
@@ -74,16 +71,12 @@ void run_merge(const Step& step, const Merge& merge, float* partials, int64_t pa
       for (int d = 0; d < into.stride; d += LANES) store(x + d, fma(load(y + d), splat(b), load(x + d) * splat(a)));
     }
   }
-  write_rows<T>(step, merge.seq, merge.kv_head, 0, merge.num_rows, into);
+  write_rows<T>(step, merge.seq, merge.kv_head, 0, merge.num_rows, merge.heads, into);
 }
 
 size_t thread_floats(const Step& step) {
   const size_t rows = row_scratch(step) / sizeof(float) + 1;
-  size_t tiles = TileScratch::floats(step);
-#if defined(PAIRS)
-  if (step.dtype == BFLOAT16) tiles = PairScratch::floats(step);
-#endif
-  return (partial_floats(step, tile_rows(step)) + std::max(rows, tiles) + 64) / 16 * 16;
+  return (partial_floats(step, tile_rows(step)) + std::max(rows, tile_floats(step)) + 64) / 16 * 16;
 }
 
 template <class T>

@@ -117,6 +117,34 @@ INLINE void store(float16* p, Floats v) {
 #endif
 }
 
+// Two registers of consecutive elements. Those of bfloat16 come as they are cheapest to convert: first the even ones, then the odd ones.
+struct Two {
+  Floats a, b;
+};
+
+template <class T>
+INLINE Two load_two(const T* p) {
+  return {load(p), load(p + LANES)};
+}
+
+INLINE Two load_two(const bfloat16* p) {
+  Words pairs;
+  memcpy(&pairs, p, sizeof pairs);
+  return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000u)};
+}
+
+// Stores them in the order in which ``load_two`` found them.
+template <class T>
+INLINE void store_two(T* p, Two v) {
+  store(p, v.a);
+  store(p + LANES, v.b);
+}
+
+INLINE void store_two(bfloat16* p, Two v) {
+  const Words pairs = (nearest_bfloat16(v.a) >> 16) | (nearest_bfloat16(v.b) & 0xffff0000u);
+  memcpy(p, &pairs, sizeof pairs);
+}
+
 // The first ``count`` elements, the other lanes zero; nothing behind them is read or written.
 template <class T>
 INLINE Floats load_part(const T* p, int count) {

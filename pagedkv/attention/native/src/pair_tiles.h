@@ -4,6 +4,8 @@
 // As there, a row's result is its own alone: what is hidden from it weighs exactly nothing, and tiles begin at fixed positions.
 #pragma once
 
+#include <type_traits>
+
 #include "pairs.h"
 #include "rows.h"
 #include "tiles.h"
@@ -244,3 +246,26 @@ static void attend_pairs(const Step& step, const Item& item, float* memory, Sums
 }
 
 #endif
+
+// Rows of one item, and scratch for it.
+INLINE int tile_rows(const Step& step) {
+#if defined(PAIRS)
+  if (step.dtype == BFLOAT16) return PAIR_TILE_ROWS;
+#endif
+  return TILE_ROWS;
+}
+
+INLINE size_t tile_floats(const Step& step) {
+#if defined(PAIRS)
+  if (step.dtype == BFLOAT16) return PairScratch::floats(step);
+#endif
+  return TileScratch::floats(step);
+}
+
+template <class T>
+INLINE void attend_many(const Step& step, const Item& item, float* memory, Sums sums) {
+#if defined(PAIRS)
+  if constexpr (std::is_same<T, bfloat16>::value) return attend_pairs(step, item, memory, sums);
+#endif
+  attend_tiles<T>(step, item, memory, sums);
+}

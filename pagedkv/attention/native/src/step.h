@@ -47,18 +47,18 @@ struct Step {
   }
 };
 
-// A piece of work that one thread does alone: some rows (query, head of the group) of one K/V head over some positions. It writes either
+// A piece of work that one thread does alone: some rows (query, head of the group) of one K/V head, or one query of several, over some positions. It writes either
 // the output of these rows, or, where ``partial`` is not -1, sums that ``Merge`` puts together.
 struct Item {
   int32_t seq, kv_head;
   int32_t first_row, num_rows;  // row = query * group + head in the group, counted from the sequence's first query of the step
   int32_t low, high;            // positions of K and V
   int32_t partial;              // place among the partial sums, or -1
-  int32_t tiled;                // by the tile kernel, or by the row kernel
+  int32_t heads;                // K/V heads from kv_head on that the row kernel reads by turns; 0 for one head by the tile kernel
 };
 
 struct Merge {
-  int32_t seq, kv_head, num_rows, first_partial, num_partials, reserved[3];
+  int32_t seq, kv_head, num_rows, first_partial, num_partials, heads, reserved[2];
 };
 
 // Sums over a part of the positions, in base-2 logarithms: ``sum`` of 2^(score - most), and V weighted with the same.

@@ -10,14 +10,6 @@
 
 constexpr int MOST_ROWS = 16;  // of a decode: with larger groups the tile kernel is faster, packing included
 
-// Rows of one item of the tile kernel.
-INLINE int tile_rows(const Step& step) {
-#if defined(PAIRS)
-  if (step.dtype == BFLOAT16) return PAIR_TILE_ROWS;
-#endif
-  return TILE_ROWS;
-}
-
 INLINE int sums_stride(const Step& step) { return round_up(step.value_dim, PANEL); }
 INLINE size_t partial_floats(const Step& step, int rows) { return (size_t)rows * (sums_stride(step) + 2); }
 
@@ -44,7 +36,7 @@ INLINE void cut_positions(WorkList& work, Item item, int part) {
     work.add(item);
     return;
   }
-  work.add(Merge{item.seq, item.kv_head, item.num_rows, (int32_t)work.num_partials, last - first + 1, {}});
+  work.add(Merge{item.seq, item.kv_head, item.num_rows, (int32_t)work.num_partials, last - first + 1, item.heads, {}});
   work.partial_rows = std::max<int64_t>(work.partial_rows, item.num_rows);
   for (int p = first; p <= last; p++) {
     item.low = std::max(low, p * part);
@@ -58,19 +50,27 @@ static void cut_sequence(WorkList& work, const Step& step, int seq) {
   const int queries = step.num_queries(seq), length = step.seq_lens[seq], rows = queries * step.group();
   if (queries < 1) return;
   const bool tiled = queries > 1 || step.group() > MOST_ROWS || step.batch_invariant;
+  if (!tiled) {
+    const int at_once = heads_at_once(step);
+    for (int head = 0; head < step.num_kv_heads; head += at_once) {
+      const int heads = std::min(at_once, step.num_kv_heads - head);
+      cut_positions(work, {seq, head, 0, heads * step.group(), step.first_visible(length - 1), length, -1, heads}, PART);
+    }
+    return;
+  }
   // Rows of one tile belong to whole queries where they can, so that a tile's positions end early.
-  const int room = tile_rows(step), most = !tiled ? rows : step.group() > room ? room : room / step.group() * step.group();
+  const int room = tile_rows(step), most = step.group() > room ? room : room / step.group() * step.group();
   for (int head = 0; head < step.num_kv_heads; head++)
     for (int first = 0; first < rows; first += most) {
       const int count = std::min(most, rows - first);
       const int query = first / step.group(), last = (first + count - 1) / step.group();
-      Item item = {seq, head, first, count, step.first_visible(length - queries + query), length - queries + last + 1, -1, tiled};
+      Item item = {seq, head, first, count, step.first_visible(length - queries + query), length - queries + last + 1, -1, 0};
       if (rows > most || step.batch_invariant) work.add(item);
-      else cut_positions(work, item, tiled ? TILED_PART : PART);
+      else cut_positions(work, item, TILED_PART);
     }
 }
 
-INLINE int64_t cost(const Item& item) { return (int64_t)(item.high - item.low) * (item.tiled ? std::max(item.num_rows, 24) : 12 + item.num_rows); }
+INLINE int64_t cost(const Item& item) { return (int64_t)(item.high - item.low) * (item.heads ? 12 * item.heads + item.num_rows : std::max(item.num_rows, 24)); }
 
 static void cut_step(WorkList& work, const Step& step) {
   for (int seq = 0; seq < step.num_seqs; seq++) cut_sequence(work, step, seq);
