@@ -6,10 +6,12 @@ reads its blocks is said in ``dense.py`` and ``packed.py``.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 from weakref import WeakMethod, finalize
 
@@ -38,6 +40,7 @@ class _Running:
     growth: Growth
     forward: DenseForward | PackedForward
     thread: int
+    call: FrameType  # of the module call; as long as it is on the stack the forward goes on, whatever else is called within it
 
 
 class Forwards:
@@ -82,10 +85,14 @@ class Forwards:
             yield
 
     def check_idle(self, rows: Rows) -> None:
-        """Raise ``StepError`` while another thread runs a forward over these rows."""
+        """Raise ``StepError`` while a forward runs over these rows, in another thread or around the caller."""
         running = self._running
-        if running is not None and running.rows is rows and running.thread != threading.get_ident():
+        if running is None or running.rows is not rows:
+            return
+        if running.thread != threading.get_ident():
             raise StepError("the cache is used by a forward in another thread: one cache belongs to one batch at a time")
+        if _is_on_stack(running.call):
+            raise StepError("the cache is used within a forward over it: one cache belongs to one batch at a time")
 
     def update(self, rows: Rows, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Store and read a layer's K and V in the forward that is running.
@@ -109,6 +116,8 @@ class Forwards:
         if not isinstance(rows, Rows) or not rows.belongs_to(self.books.manager) or module is not self._model:
             return None
         self.check_idle(rows)
+        if self._running is not None and self._running.thread == threading.get_ident():
+            raise StepError("a forward over a cache was begun within another one over the same pool: steps of one model take turns")
         self._lock.acquire()
         try:
             self._seats.check(rows)
@@ -127,6 +136,8 @@ class Forwards:
             return None
         if output is None:
             return self._end_stale()  # an exception ended the forward
+        if running.call is not _module_call():
+            return None  # of the same model, without a cache, within the forward
         try:
             output = running.forward.finish(output)
             if isinstance(running.rows.beside, CrossAttention):
@@ -155,7 +166,9 @@ class Forwards:
                 "an attention mask of one's own may show what layers with windows have given back: make the pool with windowed_groups=False"
             )
         holes = rows.see(call.num_rows, call.old_seen)
-        if not call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions):
+        # Where padding between its tokens may count, what a row holds does not follow from them: no other is the same.
+        by_columns = (self.packed is None or self.packed.counts_columns) and rows.has_gaps(call.new_seen)
+        if by_columns or not call.counts_from(rows.lengths(call.num_rows), past, takes_positions=self._reader.takes_positions):
             call.token_ids = None
         packed = self.packed if self.packed is not None and not holes and self.packed.can_run(call, rows) else None
         # What is cached need not be computed, unless its logits are wanted. The dense way computes it in any case.
@@ -173,12 +186,12 @@ class Forwards:
         except BaseException:
             rows.cancel(growth)
             raise
-        return _Running(rows, growth, forward, threading.get_ident())
+        return _Running(rows, growth, forward, threading.get_ident(), _module_call())
 
     def _end_stale(self) -> None:
         """Take back a forward of this thread that failed. After an interrupt this comes late, since torch calls no hook then."""
         running = self._running
-        if running is not None and running.thread == threading.get_ident():
+        if running is not None and running.thread == threading.get_ident() and not _is_on_stack(running.call):
             self._running = None
             try:
                 running.forward.abandon()
@@ -190,6 +203,21 @@ class Forwards:
 def _remove(handles: tuple[RemovableHandle, ...]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _module_call() -> FrameType:
+    """The frame of torch that calls a hook: it calls the one before a forward, the forward, and the one after it."""
+    frame = sys._getframe(1)
+    while frame.f_globals is globals() and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _is_on_stack(call: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _called(method: WeakMethod[Any], *call: Any) -> Any:

@@ -30,13 +30,17 @@ class PackedReading:
     Args:
         runner: of a packed model.
         reader: of its arguments.
+
+    Attributes:
+        counts_columns: whether padding between the tokens of a row may count: transformers takes it for a part of a window, and a model
+            that is given no positions for a distance.
     """
 
     def __init__(self, runner: ModelRunner, reader: ForwardReader) -> None:
         self._runner = runner
         self._reader = reader
         self._longest = runner.max_positions
-        self._windows = runner.report.windows + runner.report.windows_not_crossed
+        self.counts_columns = bool(runner.report.windows or runner.report.windows_not_crossed) or not reader.takes_positions
         self._batches = BatchBuilder(runner.device, runner.block_size)
 
     def close(self) -> None:
@@ -46,16 +50,13 @@ class PackedReading:
     def can_run(self, call: ForwardCall, rows: Rows) -> bool:
         """Whether a forward comes out packed as it would otherwise.
 
-        It asks for nothing but logits of tokens, some of them no padding. No row is longer than the runner serves: beyond, some models
-        choose other frequencies for a whole batch. And where layers have windows, no row has padding between its tokens: transformers
-        counts that as a part of the window.
+        It asks for nothing but logits of tokens, some of them no padding. And no row is longer than the runner serves: beyond, some models
+        choose other frequencies for a whole batch.
         """
         if call.token_ids is None or not call.only_logits or not call.new_seen[:, call.wanted_columns].any():
             return False
         longest = int((rows.lengths(call.num_rows) + np.count_nonzero(call.new_seen, axis=1)).max())
-        if self._longest is not None and longest > self._longest:
-            return False
-        return not self._windows or not rows.has_gaps(call.new_seen)
+        return self._longest is None or longest <= self._longest
 
     def begin(self, call: ForwardCall, growth: Growth, manager: KVCacheManager, storage: KVStorage) -> PackedForward:
         """Start a forward; it runs until ``finish`` or ``abandon``.

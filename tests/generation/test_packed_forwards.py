@@ -131,6 +131,20 @@ def test_positions_of_the_callers_own_are_dense_and_right(pool: CachePool) -> No
     assert widths.shapes[:2] == [(2, 8), (2, 1)]
 
 
+def test_padding_between_tokens_counts_where_the_model_measures_distances_in_columns() -> None:
+    with CachePool(small_model("mpt"), num_blocks=40, block_size=4) as pool:
+        assert pool.tier == "packed"
+        tokens, mask = prompts(2, 12, seed=12)
+        mask[1, 3:7] = 0
+        with torch.no_grad(), PagedCache(pool) as cache:
+            want = pool.model(tokens, attention_mask=mask).logits
+            for columns in (slice(0, 8), slice(8, 12)):
+                seen = mask[:, columns].bool()
+                arguments = {"attention_mask": mask[:, : columns.stop], CACHE_ARGUMENT: cache, "use_cache": True}
+                got = pool.model(tokens[:, columns], **arguments).logits
+                torch.testing.assert_close(got[seen], want[:, columns][seen], rtol=1e-4, atol=1e-4)
+
+
 _SWITCHING: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("llama", {"max_position_embeddings": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     "longrope": (

@@ -508,6 +508,35 @@ def test_cache_used_by_two_threads_at_once_is_refused(pool: CachePool) -> None:
         assert cache.get_seq_length() == 6
 
 
+def test_forward_within_a_forward_is_refused_and_one_without_a_cache_is_none_of_ours(pool: CachePool) -> None:
+    tokens, _ = prompts(2, 6, seed=34)
+    want = pool.model(tokens).logits
+    inner: list[Any] = []
+
+    def nested(*_: object) -> None:
+        if inner:
+            pool.model(tokens, **inner.pop())
+
+    hook = next(layer for layer in pool.model.modules() if isinstance(layer, torch.nn.ModuleList))[0].register_forward_hook(nested)
+    with torch.no_grad(), PagedCache(pool) as cache, PagedCache(pool) as other:
+        for past, message in ((cache, "within a forward over it"), (other, "take turns")):
+            inner.append({CACHE_ARGUMENT: past, "use_cache": True})
+            with pytest.raises(StepError, match=message):
+                pool.model(tokens, **{CACHE_ARGUMENT: cache}, use_cache=True)
+            assert pool.num_blocks_in_use == 0
+        hook.remove()
+        hook = pool.model.register_forward_pre_hook(nested)
+        inner.append({"use_cache": False})
+        if pool.tier == "packed":  # the model's attention is ours meanwhile
+            with pytest.raises(UnsupportedModelError, match="K or V"):
+                pool.model(tokens, **{CACHE_ARGUMENT: cache}, use_cache=True)
+        else:
+            got = pool.model(tokens, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            assert cache.get_seq_length() == 6
+        hook.remove()
+
+
 def test_two_threads_with_a_cache_each_take_turns(pool: CachePool) -> None:
     batches = [prompts(2, 8, seed=seed)[0] for seed in (29, 30)]
     want = [pool.model.generate(tokens, **SETTINGS) for tokens in batches]

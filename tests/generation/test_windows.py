@@ -15,8 +15,11 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pagedkv import CachePool, PagedCache
+from pagedkv.core import Window
 from pagedkv.errors import ConfigError, InvalidRequestError
 from pagedkv.models import CACHE_ARGUMENT
+from pagedkv.models.tiers import TierName
+from pagedkv.testing.models import WINDOW
 
 BLOCK = 2
 COLUMNS = 21  # of prompts, beyond every window
@@ -69,11 +72,9 @@ def poisoned(cache: PagedCache, tokens: Tensor, **settings: Any) -> tuple[Tensor
     return generate(cache.block_pool.model, tokens, cache, stopping_criteria=StoppingCriteriaList([poison]), **settings), poison.held
 
 
-def most_blocks(pool: CachePool, sequences: int, *, ahead: int = 1) -> int:
+def most_blocks(sequences: int, *, ahead: int = 1) -> int:
     """What sequences may hold of the windowed group at most, where ``ahead`` tokens are not complete."""
-    window = pool.windows[1]
-    assert window is not None
-    return sequences * (window.most_blocks(BLOCK) + -(-ahead // BLOCK))
+    return sequences * (Window.sliding(WINDOW).most_blocks(BLOCK) + -(-ahead // BLOCK))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_tokens_are_the_same_and_windowed_layers_hold_no_more_than_their_windows
     assert pool.num_blocks_in_use == 0
     pool.check()
     rows = len(want) * settings.get("num_beams", 1) // settings.get("num_return_sequences", 1)
-    bound = most_blocks(pool, max(rows, len(want)), ahead=24 if assisted else 1)
+    bound = most_blocks(max(rows, len(want)), ahead=24 if assisted else 1)
     assert max(windowed for _, windowed in held) <= bound
     assert held[-1][0] > held[-1][1] > 0
 
@@ -151,6 +152,36 @@ def test_row_whose_last_columns_are_padding_keeps_its_tokens_when_these_are_take
             want = pool.model(kept).logits[:, -1]
             for each in (cache, other):
                 torch.testing.assert_close(forward(pool, each, kept[:, -1:])[:, -1], want, rtol=1e-4, atol=1e-4)
+
+
+@of("gemma3", "mistral")
+@pytest.mark.parametrize("tier", ["packed", "dense"])
+def test_rows_of_the_same_tokens_are_not_the_same_where_padding_between_them_counts(pool: CachePool, tier: TierName) -> None:
+    whole, mask = prompts(3, 18, seed=14)
+    whole[:] = whole[:1]
+    mask[1, 8:11], mask[2, 4:7] = 0, 0
+    whole[1, 11:], whole[2, 4:] = whole[0, 8:15].clone(), whole[0, 1:15].clone()
+    whole[2, 7:] = whole[0, 4:15].clone()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with CachePool(pool.model, num_blocks=80, block_size=BLOCK, tier=tier) as other, PagedCache(other) as cache, torch.no_grad():
+        want = pool.model(whole, attention_mask=mask, position_ids=positions).logits
+        for begin, end in ((0, 8), (8, 13), (13, 17), (17, 18)):
+            columns = slice(begin, end)
+            got = forward(other, cache, whole[:, columns], attention_mask=mask[:, :end], position_ids=positions[:, columns])
+            seen = mask[:, columns].bool()
+            torch.testing.assert_close(got[seen], want[:, columns][seen], rtol=1e-4, atol=1e-4)
+
+
+@of("gemma2", "gpt_oss")
+def test_dense_forward_behind_packed_ones_reads_zeros_where_blocks_are_gone(pool: CachePool) -> None:
+    tokens, _ = prompts(2, COLUMNS + 2, seed=15)
+    with PagedCache(pool) as cache, torch.no_grad():
+        want = pool.model(tokens, output_hidden_states=True)
+        forward(pool, cache, tokens[:, :COLUMNS])
+        pool.fill_free_blocks(float("nan"))
+        got = pool.model(tokens[:, COLUMNS:], **{CACHE_ARGUMENT: cache}, use_cache=True, output_hidden_states=True)
+        torch.testing.assert_close(got.logits, want.logits[:, COLUMNS:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.hidden_states[1], want.hidden_states[1][:, COLUMNS:], rtol=1e-4, atol=1e-4)
 
 
 @of("gemma2", "mistral")
