@@ -26,13 +26,14 @@ from pagedkv.attention.registry import BACKENDS, get_backend
 
 YARDSTICK, VLLM = "torch, contiguous", "vLLM operator"
 ORACLE = "reference"
+OURS = "cpu"
 LIMIT_NBYTES, LIMIT_NBYTES_QUICK = 512 << 20, 16 << 20
 WORST_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}
 NOTES = (
     "Spread: median (5th..95th percentile) over calls, one call being one layer. Contestants of this process run in turns, a pass over all"
     " layers each; the vLLM operator runs after them in its own process, so a load that comes and goes may hit one and not the other.",
     "Decode: GB/s of the K and V that the sequences hold, read once; % is of scattered reads in the chunk that one head of a block is, or"
-    " the nearest measured. Prefill: GFLOP/s of what the causal mask leaves; % is of a large float32 product.",
+    " the nearest measured. Prefill: GFLOP/s of what the causal mask leaves; % is of a large product in that dtype.",
     "Not timed: writing K and V, and what is worked out once per step for all layers (pagedkv: plan and layout; vLLM: its scheduler"
     " metadata). Error: largest difference from the yardstick's first layer, for vLLM from torch's attention on its own numbers.",
 )
@@ -61,12 +62,12 @@ def main() -> None:
         limits = _limits(report, args, threads)
         for dtype in args.dtypes:
             rows: list[list[object]] = []
-            for shape in shapes(dtype, seed=args.seed, quick=args.quick):
+            for shape in _steps(dtype, args):
                 results = _measure(shape, args)
                 if pipe is not None:
                     results[VLLM] = _ask(pipe, shape, args, threads=threads)
-                rows += [_row(report, shape, name, result, limits=limits, args=args) for name, result in results.items()]
-            columns = ["step", "who", "milliseconds", "GB/s or GFLOP/s", "% of best", "error"]
+                rows += [_row(report, shape, name, results, limits=limits, args=args) for name in results]
+            columns = ["step", "who", "milliseconds", f"/ {OURS}'s", "GB/s or GFLOP/s", "% of best", "error"]
             report.table(f"{dtype}, {threads} thread{'s' if threads > 1 else ''}", columns, rows)
     if pipe is not None:
         pipe.close()
@@ -84,6 +85,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=16, help="of pagedkv; vLLM's operator wants 32")
     parser.add_argument("--passes", type=int, default=5, help="over all layers that are measured, after one that is not")
     parser.add_argument("--megabytes", type=int, default=192, help="of K and V in all layers: several times the caches")
+    parser.add_argument(
+        "--step", action="append", metavar="TEXT", help="only steps with this in their name, as in the table; may be repeated"
+    )
     parser.add_argument("--vllm-python", metavar="PATH", help="interpreter that has vLLM")
     args = parser.parse_args()
     if args.quick:
@@ -91,12 +95,22 @@ def _options() -> argparse.Namespace:
     return args
 
 
+def _steps(dtype: str, args: argparse.Namespace) -> list[Shape]:
+    every = shapes(dtype, seed=args.seed, quick=args.quick)
+    some = [shape for shape in every if args.step is None or any(text in str(shape) for text in args.step)]
+    if not some:
+        raise SystemExit(f"--step {args.step}: no step's name has any of it; there are {'; '.join(map(str, every))}")
+    return some
+
+
 def _limits(report: Report, args: argparse.Namespace, threads: int) -> Limits:
     nbytes = LIMIT_NBYTES_QUICK if args.quick else LIMIT_NBYTES
-    limits = Limits.measure(nbytes=nbytes, repeats=3 if args.quick else 7, generator=torch.Generator().manual_seed(args.seed))
+    limits = Limits.measure(
+        nbytes=nbytes, repeats=3 if args.quick else 7, dtypes=args.dtypes, generator=torch.Generator().manual_seed(args.seed)
+    )
     rows: list[list[object]] = [["GB/s in order", limits.sequential / 1e9]]
     rows += [[f"GB/s in chunks of {size // 1024} KiB, in random order", limits.scattered[size] / 1e9] for size in CHUNK_NBYTES]
-    rows.append(["GFLOP/s of a float32 product", limits.multiply / 1e9])
+    rows += [[f"GFLOP/s of a {dtype} product", limits.multiply[dtype] / 1e9] for dtype in args.dtypes]
     for title, value in rows:
         report.figure(f"best, {threads} threads, {title}", value)  # type: ignore[arg-type]  # a float
     report.table(f"The machine at its best, {threads} thread{'s' if threads > 1 else ''}", ["what", "best of its repeats"], rows)
@@ -188,26 +202,31 @@ def _ask(pipe: Pipe, shape: Shape, args: argparse.Namespace, *, threads: int) ->
     return Measured(answer["seconds"], answer["error"])
 
 
-def _row(report: Report, shape: Shape, name: str, result: Measured, *, limits: Limits, args: argparse.Namespace) -> list[object]:
-    title = f"{shape}, {shape.dtype}, {torch.get_num_threads()} threads, {name}"
+def _row(
+    report: Report, shape: Shape, name: str, results: dict[str, Measured], *, limits: Limits, args: argparse.Namespace
+) -> list[object]:
+    title, result = f"{shape}, {shape.dtype}, {torch.get_num_threads()} threads, {name}", results[name]
     if result.reason is not None:
         report.figure(f"{title}, not measured", result.reason)
-        return [str(shape), f"{name}: {result.reason}", *[None] * 4]
+        return [str(shape), f"{name}: {result.reason}", *[None] * 5]
     times = Spread.of(result.seconds, scale=1e3)
+    ours = results[OURS].seconds if OURS in results else ()
+    ratio = times.median / Spread.of(ours, scale=1e3).median if ours else None
     if shape.is_decode:
         amount, unit = shape.nbytes, "GB/s"
         chunk = (32 if name == VLLM else args.block_size) * shape.dim * getattr(torch, shape.dtype).itemsize
         best = limits.scattered[min(CHUNK_NBYTES, key=lambda size: abs(size - chunk))]
     else:
-        amount, unit, best = shape.flops, "GFLOP/s", limits.multiply
+        amount, unit, best = shape.flops, "GFLOP/s", limits.multiply[shape.dtype]
     rate = Spread.of([amount / value / 1e9 for value in result.seconds])
     share = 100 * rate.median * 1e9 / best
     wrong = result.error is None or result.error > WORST_ERROR[shape.dtype]
     report.figure(f"{title}, ms", times)
+    report.figure(f"{title}, times as long as {OURS}'s", ratio)
     report.figure(f"{title}, {unit}", rate)
     report.figure(f"{title}, % of best", share)
     report.figure(f"{title}, largest error", result.error)
-    return [str(shape), name, times, rate, share, f"{result.error:.1e}{', WRONG' if wrong else ''}"]
+    return [str(shape), name, times, ratio, rate, share, f"{result.error:.1e}{', WRONG' if wrong else ''}"]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ These bound what attention can reach: decode by reading scattered blocks, prefil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +25,21 @@ class Limits:
     Attributes:
         sequential: bytes a second, summed in order.
         scattered: bytes a second by size of chunk, in random order.
-        multiply: floating point operations a second of a large product, in float32.
+        multiply: floating point operations a second of a large product, by dtype.
     """
 
     sequential: float
     scattered: dict[int, float]
-    multiply: float
+    multiply: dict[str, float]
 
     @classmethod
-    def measure(cls, *, nbytes: int, repeats: int, generator: torch.Generator) -> Limits:
+    def measure(cls, *, nbytes: int, repeats: int, dtypes: Sequence[str], generator: torch.Generator) -> Limits:
         """With as many threads as torch is set to use now.
 
         Args:
             nbytes: of the memory that is read; several times what the caches hold.
             repeats: of which the best counts.
+            dtypes: of the products, by name.
             generator: of the random order.
         """
 
@@ -47,7 +49,11 @@ class Limits:
         memory = torch.ones(nbytes // 4)
         matrix = torch.rand(ORDER, ORDER, generator=generator)
         scattered = {size: memory.nbytes / best(_scattered(memory, size // 4, generator)) for size in CHUNK_NBYTES}
-        return cls(memory.nbytes / best(memory.sum), scattered, 2 * ORDER**3 / best(lambda: matrix @ matrix))
+        multiply = {}
+        for dtype in dtypes:
+            factor = matrix.to(getattr(torch, dtype))
+            multiply[dtype] = 2 * ORDER**3 / best(partial(torch.matmul, factor, factor))
+        return cls(memory.nbytes / best(memory.sum), scattered, multiply)
 
 
 def _scattered(memory: torch.Tensor, width: int, generator: torch.Generator) -> Callable[[], object]:
