@@ -109,12 +109,7 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
         _self_check(runner.report),
         _layers(runner),
         _groups(runner),
-        Finding(
-            "positions",
-            ("no limit" if runner.max_positions is None else f"{runner.max_positions:,}")
-            + ("" if runner.far_positions is None else f", and {runner.far_positions:,} for prompts that are longer than that alone"),
-            () if runner.max_positions_reason is None else (runner.max_positions_reason,),
-        ),
+        _positions(runner),
         Finding(
             "K/V",
             f"{plan.nbytes_per_token:,} bytes a token, {plan.nbytes_per_block:,} a block of {options.block_size}",
@@ -191,6 +186,20 @@ def _groups(runner: ModelRunner) -> Finding:
             for group, (window, nbytes) in enumerate(zip(runner.windows, runner.group_nbytes, strict=True))
         ),
     )
+
+
+def _positions(runner: ModelRunner) -> Finding:
+    found, reasons = _limit(runner.max_positions), [] if runner.max_positions_reason is None else [runner.max_positions_reason]
+    if runner.far_positions is not None:
+        found += f", and {runner.far_positions:,} for prompts that are longer than that alone"
+    if runner.encoder is not None:
+        source, decoder = runner.encoder.max_source_tokens, runner.encoder.max_decoder_tokens
+        reasons.append(f"{_limit(source)} of the encoder and {_limit(decoder)} of the decoder")
+    return Finding("positions", found, tuple(reasons))
+
+
+def _limit(positions: int | None) -> str:
+    return "no limit" if positions is None else f"{positions:,}"
 
 
 def _unsupported(runner: ModelRunner) -> tuple[str, ...]:

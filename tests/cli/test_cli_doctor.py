@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pair_models import pair_model
 from state_models import state_model
 from tier_models import tier_model
 
@@ -56,6 +57,19 @@ def test_doctor_shows_the_layer_groups_and_what_a_half_precision_model_was_judge
     assert "every block is kept" in groups["reasons"][0]
     assert "blocks behind a sliding window of 8 are given back" in groups["reasons"][1]
     assert "judged by numbers on a float32 copy of 2 layers" in found["self-check"]["reasons"][1]
+
+
+def test_doctor_tells_both_parts_of_an_encoder_decoder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pair_model("bart").save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--block-size", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tier"]["found"].startswith("encoder-decoder: ")
+    assert found["K/V"] == {
+        "found": "512 bytes a token, 2,048 a block of 4",
+        "reasons": ["512 bytes a token of the encoder, in the same blocks"],
+    }
+    assert found["positions"]["found"] == "256"
+    assert found["positions"]["reasons"] == ["128 of the encoder and 128 of the decoder"]
 
 
 def test_doctor_of_a_model_that_runs_dense_says_why_not_faster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

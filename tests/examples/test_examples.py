@@ -52,6 +52,13 @@ def test_windowed_layers_hold_their_window_and_find_prefixes(tmp_path: Path) -> 
     assert "finds 32,768, and holds [2048, 64] blocks" in output
 
 
+def test_encoder_decoder_writes_what_generate_writes_and_reads_an_input_once(tmp_path: Path) -> None:
+    output = run_example("09_encoder_decoder.py", folder=tmp_path)
+    assert output.count("as alone") == 4
+    assert "the encoder ran 1 time for 4 inputs" in output
+    assert "96 of 98 tokens were found" in output
+
+
 def test_plain_pytorch_transformer_decodes_the_same_tokens(tmp_path: Path) -> None:
     output = run_example("02_plain_pytorch_transformer.py", folder=tmp_path)
     assert output.count("the same without a cache") == 5

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pair_models import alone, pair_model, random_prompts
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, PreTrainedModel
 
 from pagedkv import LLM, ModelRunner, SamplingParams, plan_memory
-from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
+from pagedkv.core import KVCacheManager
+from pagedkv.errors import ConfigError, InvalidRequestError, InvariantError, UnsupportedModelError
 from pagedkv.models import load_model
+from pagedkv.plan import StepPlan
+from pagedkv.storage import BatchBuilder, Source
 from pagedkv.testing.architectures import encoder_decoder_architectures, shrunk_config, shrunk_seq2seq_model
 from pagedkv.testing.models import tiny_model
 
@@ -80,6 +84,50 @@ def test_generate_takes_the_prompts_for_the_encoder(t5: PreTrainedModel) -> None
         assert heard == [0, *alone(t5, prompts[0], 7), -1]  # what generate() itself would put
         with pytest.raises(UnsupportedModelError, match="encoder-decoder model: hidden states"):
             llm.embed(prompts, use_tqdm=False)
+
+
+def test_step_takes_an_input_with_its_first_token_and_keeps_it_until_all_is_stored(t5: PreTrainedModel) -> None:
+    runner = ModelRunner(t5, block_size=4)
+    (tokens,) = random_prompts(13, seed=6)
+    known = np.array([*tokens, 0], dtype=np.int32)  # and what the decoder begins with
+    source = Source(known[:-1])
+    storage, manager = runner.new_storage(9), KVCacheManager(num_blocks=9, block_size=4)
+    builder = BatchBuilder("cpu", 4)
+    seqs = manager.open([known]).seqs
+    with pytest.raises(InvariantError, match="0 sources are known of 1 sequences"):
+        runner.forward(builder.build(plan_of(manager, seqs, 5)), storage)
+    manager.cancel(seqs)
+    for count, is_kept in ((5, True), (7, True), (2, False)):  # the last with the token of the decoder
+        logits = runner.forward(builder.build(plan_of(manager, seqs, count), [source]), storage)
+        assert (source.unstored is not None) == is_kept
+        assert len(logits) == (not is_kept)
+        manager.complete(seqs)
+    assert int(logits.argmax()) == alone(t5, tokens, 1)[0]
+    storage.close()
+
+
+def plan_of(manager: KVCacheManager, seqs: Any, count: int) -> StepPlan:
+    """The next tokens of one sequence; logits where they are its last."""
+    slots, table, (row,) = manager.extend(seqs, [count]).slot_mapping, manager.table, manager.rows_of(seqs).tolist()
+    end, known = int(table.num_reserved[row]), int(table.num_tokens[row])
+    last = np.arange(count - 1, count) if end == known else np.zeros(0, dtype=np.int64)
+    return StepPlan(
+        step=0,
+        seqs=seqs,
+        rows=np.array([row]),
+        token_ids=table.token_ids[row, end - count : end],
+        positions=np.arange(end - count, end, dtype=np.int32),
+        query_lens=np.array([count], dtype=np.int32),
+        seq_lens=np.array([end], dtype=np.int32),
+        cu_seqlens_q=np.array([0, count], dtype=np.int32),
+        slot_mapping=slots,
+        block_tables=table.block_tables,
+        copies=(np.zeros((0, 2), dtype=np.int32),),
+        num_decodes=0,
+        logits_indices=last,
+        sampling_seqs=np.arange(len(last)),
+        sampling_logits=np.arange(len(last)),
+    )
 
 
 def test_model_is_loaded_from_a_folder_as_what_it_is(t5: PreTrainedModel, tmp_path: Path) -> None:
