@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import cache_argument, logits_of
 
 ANY_TOKEN = 3
 """Of the decoder, where only what it makes of the encoder matters; none that a model is likely to take for padding."""
-_NEEDED = ("encoder_outputs", "attention_mask", "decoder_input_ids", "use_cache")
+_NEEDED = ("encoder_outputs", "attention_mask", "decoder_input_ids")
 
 
 class PairCall:
@@ -46,6 +47,9 @@ class PairCall:
             raise UnsupportedModelError(f"{name}.forward takes no {' and no '.join(missing)}, which an encoder-decoder is run with")
         self.model = model
         self.takes_mask = "decoder_attention_mask" in parameters
+        self._output: type[ModelOutput] = BaseModelOutput  # of the encoder: some decoders ask it for more than hidden states
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._use_cache = "use_cache" in parameters or passes_on
         self._takes_positions = "decoder_position_ids" in parameters
 
     def encode(self, token_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -56,6 +60,7 @@ class PairCall:
         states = getattr(output, "last_hidden_state", None)
         if not isinstance(states, Tensor) or states.shape[:2] != token_ids.shape:
             raise UnsupportedModelError(f"the encoder of {type(self.model).__name__} gives no hidden state for each of its tokens")
+        self._output = type(output)
         return states
 
     def stored(self, states: Tensor, mask: Tensor | None, decoder_ids: Tensor) -> tuple[EncoderDecoderCache, Tensor]:
@@ -93,16 +98,19 @@ class PairCall:
         Returns:
             ``[R, Q, V]`` logits.
         """
-        arguments: dict[str, Any] = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        arguments: dict[str, Any] = {"encoder_outputs": self._output(last_hidden_state=states), "attention_mask": mask}
         if positions is not None and self._takes_positions:
             arguments["decoder_position_ids"] = positions
         if decoder_mask is not None:
             arguments["decoder_attention_mask"] = decoder_mask
+        if self._use_cache:
+            arguments["use_cache"] = True
         with torch.no_grad():
-            return logits_of(self.model(decoder_input_ids=decoder_ids, use_cache=True, **{self._cache_argument: cache}, **arguments))
+            return logits_of(self.model(decoder_input_ids=decoder_ids, **{self._cache_argument: cache}, **arguments))
 
     def plain(self, source: Tensor, token_ids: Tensor) -> Tensor:
         """Logits ``[T, V]`` of one decoder sequence by the model's own forward, without any cache."""
+        arguments: dict[str, Any] = {"use_cache": False} if self._use_cache else {}
         with torch.no_grad():
             mask = torch.ones_like(source)[None]
-            return logits_of(self.model(input_ids=source[None], attention_mask=mask, decoder_input_ids=token_ids[None], use_cache=False))[0]
+            return logits_of(self.model(input_ids=source[None], attention_mask=mask, decoder_input_ids=token_ids[None], **arguments))[0]
