@@ -12,7 +12,7 @@ import torch
 from models_support import assert_close, mixed_schedule, paged_logits, plain_logits, random_tokens
 from tier_models import ADAPTED, VARIANTS, tier_model
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese import GPTNeoXJapaneseAttention
@@ -41,9 +41,18 @@ def _check(runner: ModelRunner, *, what: str, chunk: int = 5, seed: int = 2) -> 
     assert_close(got, plain_logits(runner.model, tokens), relative=1e-4, what=f"{what}, chunk {chunk}, seed {seed}")
 
 
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether a later token changes what comes before: some releases have no causal mask for some decoders, which no tier runs."""
+    (tokens,) = random_tokens((9,), seed=1)
+    (before,), (after,) = (plain_logits(model, [torch.cat([tokens, torch.tensor([last])])]) for last in (5, 6))
+    return not torch.allclose(before[:-1], after[:-1], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [*ADAPTED, *(name if name in EARLY else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def test_adapted_model_is_read_in_place_and_equals_the_plain_forward(name: str) -> None:
     model = tier_model(name)
+    if _looks_ahead(model):
+        pytest.skip("this release of transformers lets the model look ahead")
     runner = ModelRunner(model, block_size=4)
     assert runner.tier.name == "packed"
     assert set(runner.tier.layers) == {"in place"}
