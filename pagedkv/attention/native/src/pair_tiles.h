@@ -1,5 +1,5 @@
 // The work of tiles.h for bfloat16 where pairs of it can be multiplied: scores and weights are kept transposed, a lane being a row (a query and a
-// head of the group). So K is multiplied as it lies in memory, and maxima and sums of a row never cross lanes.
+// head of the group). So K is not transposed, V once for many rows, and maxima and sums of a row never cross lanes.
 //
 // As there, a row's result is its own alone: what is hidden from it weighs exactly nothing, and tiles begin at fixed positions.
 #pragma once
@@ -11,7 +11,7 @@
 #include "tiles.h"
 
 constexpr int PAIR_TILE_ROWS = 256;
-constexpr int MOST_PACKED = 512;  // positions whose K and V are packed at once
+constexpr int MOST_PACKED = 512;   // positions whose K and V are packed at once
 constexpr int PAIR_COLUMNS = 128;  // positions whose scores are in use at once
 
 #if defined(PAIRS)
@@ -148,8 +148,7 @@ struct PairScratch {
   Pair* weights;         // [2][PAIR_COLUMNS / 2][LANES]
   float* out;            // [rows / LANES][out_width][LANES]
   Block* blocks;         // [rows / LANES]
-
-  uintptr_t end;
+  uintptr_t end;         // of the memory that is used
 
   PairScratch(const Step& step, uintptr_t memory) : width(round_up(step.key_dim, DEPTH)), out_width(round_up(step.value_dim, DEPTH)), end(memory) {
     columns = packed_columns(width + out_width);
@@ -197,40 +196,28 @@ static void attend_blocks(const Step& step, const PairScratch& scratch, int numb
   }
 }
 
-static void attend_pairs(const Step& step, const Item& item, float* memory, Sums sums) {
-  const PairScratch scratch(step, (uintptr_t)memory);
-  const int columns = scratch.columns, group = step.group(), seq = item.seq, num_blocks = (item.num_rows + LANES - 1) / LANES;
-  const int first_position = step.seq_lens[seq] - step.num_queries(seq);  // of the sequence's first query
-  const int32_t* table = step.tables + seq * step.table_stride;
-  const bool bent = step.softcap > 0 || step.slopes || step.scale <= 0;
-  const bfloat16* rows[MOST_PACKED];
-  for (int r = 0; r < num_blocks * LANES; r++) {
-    const int row = item.first_row + (r < item.num_rows ? r : item.num_rows - 1), position = first_position + row / group, head = item.kv_head * group + row % group;
-    rows[r] = (const bfloat16*)step.query + (step.cu_seqlens_q[seq] + row / group) * step.query_stride[0] + head * step.query_stride[1];
+// Packs the queries of an item, and says what each of its rows sees. Behind the last row it stands again, so that blocks are full.
+static void begin_rows(const Step& step, const Item& item, const PairScratch& scratch, int num_rows) {
+  const int group = step.group(), first_position = step.seq_lens[item.seq] - step.num_queries(item.seq);  // of the sequence's first query
+  const bfloat16* rows[PAIR_TILE_ROWS];
+  for (int r = 0; r < num_rows; r++) {
+    const int row = item.first_row + (r < item.num_rows ? r : item.num_rows - 1), position = first_position + row / group;
+    const int head = item.kv_head * group + row % group, lane = r % LANES, first = step.first_visible(position);
+    rows[r] = (const bfloat16*)step.query + (step.cu_seqlens_q[item.seq] + row / group) * step.query_stride[0] + head * step.query_stride[1];
     Block& block = scratch.blocks[r / LANES];
-    const int first = step.first_visible(position);
-    block.position[r % LANES] = position;
-    block.first[r % LANES] = first > item.low ? first : item.low;
-    block.last[r % LANES] = position < item.high ? position + 1 : item.high;
-    block.slope[r % LANES] = step.slopes ? step.slopes[head] * LOG2E : 0.f;
-    block.most[r % LANES] = MINUS_INFINITY;
-    block.sum[r % LANES] = 0;
+    block.position[lane] = position;
+    block.first[lane] = first > item.low ? first : item.low;
+    block.last[lane] = position < item.high ? position + 1 : item.high;
+    block.slope[lane] = step.slopes ? step.slopes[head] * LOG2E : 0.f;
+    block.most[lane] = MINUS_INFINITY;
+    block.sum[lane] = 0;
   }
-  pack_queries(rows, num_blocks * LANES, step.key_dim, scratch.width, scratch.query);
-  memset(scratch.out, 0, (size_t)num_blocks * LANES * scratch.out_width * sizeof(float));
-  const Tiles tiles;
-  for (int tile = item.low / columns * columns; tile < item.high; tile += columns) {
-    const int begin = item.low > tile ? item.low - tile : 0, end = item.high - tile < columns ? item.high - tile : columns;
-    const int used = round_up(end, DEPTH);
-    rows_or_nothing(rows, step.key, step.key_stride, step, table, item.kv_head, tile, begin, end, used);
-    pack_keys(rows, used, step.key_dim, scratch.width, scratch.key, (size_t)columns * DEPTH);
-    rows_or_nothing(rows, step.value, step.value_stride, step, table, item.kv_head, tile, begin, end, used);
-    pack_values(rows, used, step.value_dim, scratch.out_width, scratch.value);
-    int b = 0;
-    for (; b + 2 <= num_blocks; b += 2) attend_blocks<2>(step, scratch, b, tile, begin, end, bent);
-    if (b < num_blocks) attend_blocks<1>(step, scratch, b, tile, begin, end, bent);
-  }
-  for (int b = 0; b < num_blocks; b++) {
+  pack_queries(rows, num_rows, step.key_dim, scratch.width, scratch.query);
+  memset(scratch.out, 0, (size_t)num_rows * scratch.out_width * sizeof(float));
+}
+
+static void end_rows(const Item& item, const PairScratch& scratch, Sums sums) {
+  for (int b = 0; b * LANES < item.num_rows; b++) {
     const int left = item.num_rows - b * LANES, count = left < LANES ? left : LANES;
     for (int i = 0; i < count; i++) {
       sums.most[b * LANES + i] = scratch.blocks[b].most[i];
@@ -243,6 +230,29 @@ static void attend_pairs(const Step& step, const Item& item, float* memory, Sums
       for (int i = 0; i < count; i++) _mm512_storeu_si512(sums.value + (size_t)(b * LANES + i) * sums.stride + d, x[i]);
     }
   }
+}
+
+// An item's rows over its positions; the sums are left in ``sums``, whose stride is a multiple of PANEL.
+static void attend_pairs(const Step& step, const Item& item, float* memory, Sums sums) {
+  const PairScratch scratch(step, (uintptr_t)memory);
+  const int columns = scratch.columns, num_blocks = (item.num_rows + LANES - 1) / LANES;
+  const int32_t* table = step.tables + item.seq * step.table_stride;
+  const bool bent = step.softcap > 0 || step.slopes || step.scale <= 0;
+  const bfloat16* rows[MOST_PACKED];
+  begin_rows(step, item, scratch, num_blocks * LANES);
+  const Tiles tiles;
+  for (int tile = item.low / columns * columns; tile < item.high; tile += columns) {
+    const int begin = item.low > tile ? item.low - tile : 0, end = item.high - tile < columns ? item.high - tile : columns;
+    const int used = round_up(end, DEPTH);
+    rows_or_nothing(rows, step.key, step.key_stride, step, table, item.kv_head, tile, begin, end, used);
+    pack_keys(rows, used, step.key_dim, scratch.width, scratch.key, (size_t)columns * DEPTH);
+    rows_or_nothing(rows, step.value, step.value_stride, step, table, item.kv_head, tile, begin, end, used);
+    pack_values(rows, used, step.value_dim, scratch.out_width, scratch.value);
+    int b = 0;
+    for (; b + 2 <= num_blocks; b += 2) attend_blocks<2>(step, scratch, b, tile, begin, end, bent);
+    if (b < num_blocks) attend_blocks<1>(step, scratch, b, tile, begin, end, bent);
+  }
+  end_rows(item, scratch, sums);
 }
 
 #endif
