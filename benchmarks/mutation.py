@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -36,11 +37,17 @@ from mutmut.workers.isolation import ForkRunner
 
 SEED = 20261129
 DETECTED = {"killed", "timeout", "segfault"}
+UNKNOWN_TEST = 99  # exit code of a fork that was to run a test which was not collected: an exception would count as a killed mutant
 
 
 def place(mutant: str) -> str:
     """Where a mutant stands in the order: mutmut sorts by this instead of by the time that it expects."""
     return hashlib.sha256(f"{SEED} {mutant}".encode()).hexdigest()
+
+
+def plain(test: str) -> str:
+    """A test's id as in its source: pytest doubles the backslashes in it each time that a process collects it."""
+    return re.sub(r"\\+", r"\\", test)
 
 
 class CollectedTests(PytestRunner):
@@ -54,7 +61,7 @@ class CollectedTests(PytestRunner):
             settings._do_configure()
             settings.hook.pytest_sessionstart(session=self._session)
             settings.hook.pytest_collection(session=self._session)
-        self._items = {item.nodeid: item for item in self._session.items}
+        self._items = {plain(item.nodeid): item for item in self._session.items}
 
     def run_tests(self, *, mutant_name: str | None, tests: Iterable[str]) -> int:
         if mutant_name is None:  # the clean run, of all tests: pytest cannot be given every name that it gives
@@ -63,8 +70,11 @@ class CollectedTests(PytestRunner):
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         with change_cwd("mutants"):
-            for test in tests:
-                item = self._items[test]
+            names = [plain(test) for test in tests]
+            if not self._items.keys() >= set(names):
+                return UNKNOWN_TEST
+            for name in names:
+                item = self._items[name]
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
                 if self._session.testsfailed:
                     return 1

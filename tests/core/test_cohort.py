@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
-from pagedkv.core import Extension, KVCacheManager
-from pagedkv.errors import InvalidRequestError, OutOfBlocksError
-from pagedkv.plan import Int64Array
+from pagedkv.core import Extension, KVCacheManager, LeastRecentlyUsed
+from pagedkv.errors import InvalidRequestError, InvariantError, OutOfBlocksError
+from pagedkv.plan import Int32Array, Int64Array
 
 PROMPTS = ([1, 2, 3, 4, 5], [1, 2, 3], [9], [1, 2, 3, 4, 5, 6, 7])
 
@@ -191,3 +193,31 @@ def test_table_of_a_single_cell_decodes() -> None:
     manager.complete(seqs, [1])
     assert manager.extend(seqs, 1).slot_mapping.tolist() == [[3]]
     manager.check()
+
+
+class KeepsAll(LeastRecentlyUsed):
+    """A policy that lets go of nothing: what shares a block with it is stopped in the middle."""
+
+    def remove(self, block_ids: Int32Array) -> None:
+        raise RuntimeError("not today")
+
+
+def test_cohort_of_a_manager_that_was_stopped_in_the_middle_does_not_make_it_whole() -> None:
+    manager = KVCacheManager(num_blocks=9, block_size=4, max_num_seqs=2, policy=KeepsAll)
+    seqs = manager.open([[1, 2, 3, 4, 5], [6]]).seqs
+    manager.extend(seqs, [5, 1])
+    manager.complete(seqs, [7, 7])
+    manager.release(seqs[:1])
+    frozen = seqs[1:].copy()
+    frozen.flags.writeable = False
+    for _ in range(2):
+        manager.rows_of(frozen)
+        manager.extend(frozen, 1)
+        manager.complete(frozen, [8])
+    manager.extend(frozen, 1)
+    with pytest.raises(RuntimeError, match="not today"):
+        manager.pin([1, 2, 3, 4])
+    with suppress(InvariantError):  # refused or not
+        manager.complete(frozen, [8])
+    with pytest.raises(InvariantError, match="was stopped in the middle of a command"):
+        manager.check()

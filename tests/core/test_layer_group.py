@@ -59,6 +59,15 @@ def test_settle_block_that_is_cached_already_changes_nothing() -> None:
     group.check()
 
 
+def test_publish_of_duplicates_alone_moves_their_references_to_the_older_block() -> None:
+    group = LayerGroup(5, block_size=2)
+    older = published(group, [1, 1])
+    twins = group.take(2).tolist()  # as many as are findable before and after it
+    assert group.publish([ROOT] * 2, np.ones((2, 2), dtype=np.int32), twins, [ROOT] * 2) == [older, older]
+    assert group.held_blocks() == ((older, 2),)
+    group.check()
+
+
 def test_forget_makes_idle_blocks_free_and_unfindable() -> None:
     group = LayerGroup(5, block_size=2)
     block = published(group, [1, 1])

@@ -61,6 +61,7 @@ SETTINGS = table(
     ("windows of numbers", ConfigError, "windows holds 4: each must be a Window or None", lambda _: make(windows=[None, 4])),
     ("windows of all groups", ConfigError, "the first layer group has a window", lambda _: make(windows=[Window.sliding(4)])),
     ("window of nothing", ConfigError, "window size is 0", lambda _: Window.sliding(0)),
+    ("window beyond int32", ConfigError, "window size is 2147483648: it must be at most 2147483647", lambda _: Window.sliding(2**31)),
     ("window of a text", ConfigError, "window size is '4'", lambda _: Window.chunked("4")),  # type: ignore[arg-type]
     ("window of another kind", ConfigError, "window kind is 'round': it must be one of sliding, chunked", lambda _: Window("round", 4)),  # type: ignore[arg-type]
     ("pool of one block", ConfigError, "num_blocks is 1", lambda _: BlockPool(1)),

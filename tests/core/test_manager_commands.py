@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from core_helpers import blocks_of, cached, compute, make_manager, start
 
-from pagedkv.core import LeastRecentlyUsed
+from pagedkv.core import LeastRecentlyUsed, Window
 from pagedkv.errors import ConfigError, InvalidRequestError, OutOfBlocksError
 
 
@@ -42,15 +42,18 @@ def test_manager_without_max_seq_len_takes_the_capacity() -> None:
     assert make_manager(9, max_seq_len=1000).max_seq_len == 32
 
 
-def test_manager_makes_one_policy_for_each_pool() -> None:
-    made: list[int] = []
+def test_manager_evicts_in_each_pool_by_a_policy_made_for_it() -> None:
+    made: dict[int, LeastRecentlyUsed] = {}
 
     def policy(num_blocks: int) -> LeastRecentlyUsed:
-        made.append(num_blocks)
-        return LeastRecentlyUsed(num_blocks)
+        assert num_blocks not in made
+        made[num_blocks] = LeastRecentlyUsed(num_blocks)
+        return made[num_blocks]
 
-    make_manager([5, 9], policy=policy)
-    assert made == [5, 9]
+    manager = make_manager([5, 9, 7], windows=[None, None, Window.sliding(4)], policy=policy)
+    assert list(made) == [5, 9, 7]
+    manager.release([start(manager, [1] * 8)])
+    assert [len(order) for order in made.values()] == [2, 2, 2]
 
 
 # open

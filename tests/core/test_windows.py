@@ -41,6 +41,15 @@ def test_window_dead_blocks_are_those_that_no_later_position_sees(kind: WindowKi
             assert all(seen(window, later)[0] >= dead * block_size for later in range(position, position + 3 * size))
 
 
+@pytest.mark.parametrize("kind", ["sliding", "chunked"])
+def test_window_most_blocks_is_what_the_worst_length_needs(kind: WindowKind) -> None:
+    for size, block_size in product(range(1, 14), range(1, 6)):
+        window = Window(kind, size)
+        worst = max(num_full - window.num_dead_blocks(num_full, block_size) + 1 for num_full in range(3 * size))
+        spare = 1 if kind == "chunked" and size % block_size else 0  # a chunk that ends inside a block counts as one that lies at its worst
+        assert worst <= window.most_blocks(block_size) <= worst + spare, f"{window}, blocks of {block_size}"
+
+
 def test_complete_gives_back_the_blocks_behind_the_window() -> None:
     manager = manager_of(SLIDING, enable_prefix_caching=False)
     seq = start(manager, [7] * 14)

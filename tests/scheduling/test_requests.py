@@ -204,3 +204,18 @@ def test_running_set_worst_case_counts_what_is_shared_inside_a_window_once() -> 
     assert running.worst_case_blocks(needs).tolist() == [2, 2 * 2 - 1]
     table.block_tables[1, rows[1], 0] = 2
     assert running.worst_case_blocks(needs).tolist() == [2, 2 * 2 - 2]
+
+
+def test_block_needs_of_a_window_end_at_what_it_reads_unless_a_prompt_is_computed_in_one_step() -> None:
+    table = SequenceTable(1, num_groups=2, block_size=4, max_blocks=8)
+    windows = [None, Window.sliding(4)]
+    assert BlockNeeds(table, windows).of_tokens(17).tolist() == [5, 2]
+    assert BlockNeeds(table, windows, in_chunks=False).of_tokens(17).tolist() == [5, 5]
+
+
+def test_block_needs_count_as_held_what_no_window_has_given_back() -> None:
+    table = SequenceTable(2, num_groups=2, block_size=4, max_blocks=8)
+    rows, _ = table.open_rows(2)
+    table.num_computed[rows], table.num_blocks[rows] = [14, 2], [4, 1]
+    held = BlockNeeds(table, [None, Window.sliding(4)]).held(rows)
+    assert (held.tolist(), held.dtype) == ([[4, 1], [2, 1]], np.int64)

@@ -258,6 +258,14 @@ def test_plan_in_which_the_eviction_policy_fails_breaks_the_manager_and_says_so(
             refused()
 
 
+def test_plan_in_which_every_row_decodes_has_all_boundaries() -> None:
+    scheduler = make_scheduler(max_num_seqs=3)
+    for request_id in "abc":
+        submit(scheduler, request_id, 2)
+    step(scheduler)
+    assert plan_of(scheduler).cu_seqlens_q.tolist() == [0, 1, 2, 3]
+
+
 def test_plan_is_outstanding_until_it_is_completed_or_undone() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "a", 3, 6)
