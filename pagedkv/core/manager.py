@@ -412,8 +412,7 @@ class KVCacheManager:
         kept = np.minimum(computed, lengths)
         if self._retirement is not None and self._retirement.is_gone(computed // self._block_size, kept // self._block_size):
             raise InvalidRequestError(
-                f"cannot truncate to {lengths.tolist()} tokens: blocks behind a window would be needed again, which were given back; "
-                "a larger window keeps more of them"
+                f"cannot truncate to {lengths.tolist()} tokens: blocks behind a window would be needed again, which were given back"
             )
         with self._table.change:
             self._table.num_tokens[rows] = lengths
@@ -440,6 +439,7 @@ class KVCacheManager:
         self._table.change.check()
         match = self.match(token_ids, namespace)
         held = tuple(np.array(ids, dtype=np.int32) for ids in match.block_ids)
+        self._cohort = None
         with self._table.change:
             for group, ids in zip(self._groups, held, strict=True):
                 group.pool.acquire(ids)
@@ -460,6 +460,7 @@ class KVCacheManager:
             raise UnknownHandleError(f"pin {pin} was never issued by this manager")
         if pin not in self._pins:
             raise StaleHandleError(f"pin {pin} was released")
+        self._cohort = None
         with self._table.change:
             for group, ids in zip(self._groups, self._pins.pop(pin), strict=True):
                 group.pool.release(ids[::-1])

@@ -20,7 +20,7 @@ class Window:
     Attributes:
         kind: ``"sliding"``: a position sees the last ``size`` positions, its own included; ``"chunked"``: those before it in its own chunk
             of ``size`` positions.
-        size: positions, at least 1. A larger number keeps more: as much more as ``truncate`` shall be able to take back.
+        size: positions, at least 1.
 
     Raises:
         ConfigError: an unknown kind, or a size below 1.

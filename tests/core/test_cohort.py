@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import numpy as np
 import pytest
 
@@ -195,19 +193,32 @@ def test_table_of_a_single_cell_decodes() -> None:
     manager.check()
 
 
-class KeepsAll(LeastRecentlyUsed):
-    """A policy that lets go of nothing: what shares a block with it is stopped in the middle."""
+class Stopping(LeastRecentlyUsed):
+    """A policy that raises at its next change when told to: the command is stopped in the middle."""
+
+    stops = False
+
+    def insert(self, block_ids: Int32Array) -> None:
+        self._stop()
+        super().insert(block_ids)
 
     def remove(self, block_ids: Int32Array) -> None:
-        raise RuntimeError("not today")
+        self._stop()
+        super().remove(block_ids)
+
+    def _stop(self) -> None:
+        if Stopping.stops:
+            raise RuntimeError("not today")
 
 
-def test_cohort_of_a_manager_that_was_stopped_in_the_middle_does_not_make_it_whole() -> None:
-    manager = KVCacheManager(num_blocks=9, block_size=4, max_num_seqs=2, policy=KeepsAll)
+@pytest.mark.parametrize("command", ["pin", "unpin"])
+def test_cohort_of_a_manager_that_was_stopped_in_the_middle_is_refused_as_well(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = KVCacheManager(num_blocks=9, block_size=4, max_num_seqs=2, policy=Stopping)
     seqs = manager.open([[1, 2, 3, 4, 5], [6]]).seqs
     manager.extend(seqs, [5, 1])
     manager.complete(seqs, [7, 7])
     manager.release(seqs[:1])
+    pin, _ = manager.pin([1, 2, 3, 4]) if command == "unpin" else (0, 0)
     frozen = seqs[1:].copy()
     frozen.flags.writeable = False
     for _ in range(2):
@@ -215,9 +226,9 @@ def test_cohort_of_a_manager_that_was_stopped_in_the_middle_does_not_make_it_who
         manager.extend(frozen, 1)
         manager.complete(frozen, [8])
     manager.extend(frozen, 1)
+    monkeypatch.setattr(Stopping, "stops", True)
     with pytest.raises(RuntimeError, match="not today"):
-        manager.pin([1, 2, 3, 4])
-    with suppress(InvariantError):  # refused or not
-        manager.complete(frozen, [8])
-    with pytest.raises(InvariantError, match="was stopped in the middle of a command"):
-        manager.check()
+        manager.pin([1, 2, 3, 4]) if command == "pin" else manager.unpin(pin)
+    for refused in (lambda: manager.complete(frozen, [8]), manager.check):
+        with pytest.raises(InvariantError, match="was stopped in the middle of a command"):
+            refused()
