@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,16 +85,17 @@ STORAGE_BUGS: Mapping[str, Plant] = {
 def with_plan(change: Callable[[StepPlan], StepPlan]) -> Plant:
     """The batch is built from a changed plan."""
 
-    def build(right: Callable[..., StepBatch], builder: BatchBuilder, plan: StepPlan) -> StepBatch:
-        return right(builder, change(plan))
+    def build(right: Callable[..., StepBatch], builder: BatchBuilder, plan: StepPlan, *others: Any) -> StepBatch:
+        return right(builder, change(plan), *others)
 
     return changed(BatchBuilder, "build", build)
 
 
-def keep_old_table_rows(right: Callable[..., StepBatch], builder: BatchBuilder, plan: StepPlan) -> StepBatch:
+def keep_old_table_rows(right: Callable[..., StepBatch], builder: BatchBuilder, plan: StepPlan, *others: Any) -> StepBatch:
     before = getattr(builder, "stale", None)
     builder.stale = plan.block_tables.copy()  # type: ignore[attr-defined]
-    return right(builder, plan if before is None or before.shape != plan.block_tables.shape else replace(plan, block_tables=before))
+    stale = plan if before is None or before.shape != plan.block_tables.shape else replace(plan, block_tables=before)
+    return right(builder, stale, *others)
 
 
 def drop_the_last_column(plan: StepPlan) -> StepPlan:
@@ -102,8 +104,8 @@ def drop_the_last_column(plan: StepPlan) -> StepPlan:
     return replace(plan, block_tables=tables)
 
 
-def slots_of_the_block_before(right: Callable[..., StepBatch], builder: BatchBuilder, plan: StepPlan) -> StepBatch:
-    batch = right(builder, plan)
+def slots_of_the_block_before(right: Callable[..., StepBatch], builder: BatchBuilder, plan: StepPlan, *others: Any) -> StepBatch:
+    batch = right(builder, plan, *others)
     return replace(batch, slot_blocks=tuple((blocks - (offsets == 0).long()).clamp(min=1) for blocks, offsets in slots_of(batch)))
 
 
