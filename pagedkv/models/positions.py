@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import active_step
 from pagedkv.models.limits import max_positions
+from pagedkv.models.stand_ins import forwards_changed
 
 _BATCH_DEPENDENT = ("dynamic", "longrope")
 _WITHOUT_LIMIT = 2**20  # positions that are tried where the config states no number
@@ -108,18 +109,9 @@ class RotaryEmbeddings:
         Args:
             is_far: ``[T]`` bool, on the model's device: tokens of prompts longer than ``positions.reach``.
         """
-        held: list[tuple[nn.Module, object]] = []
-        try:
-            for module in dict.fromkeys(rotary.module for rotary in self._switching):
-                held.append((module, vars(module).get("forward", _NOTHING)))
-                vars(module)["forward"] = _both(module.forward, is_far, self._switch)
+        modules = dict.fromkeys(rotary.module for rotary in self._switching)
+        with forwards_changed(modules, lambda forward: _both(forward, is_far, self._switch)):
             yield
-        finally:
-            for module, former in held:
-                if former is _NOTHING:
-                    del vars(module)["forward"]
-                else:
-                    vars(module)["forward"] = former
 
 
 class PositionTables(TorchFunctionMode):

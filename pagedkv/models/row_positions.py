@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pagedkv.models.context import active_step
-
-_NOTHING = object()  # in place of an attribute that is not there
+from pagedkv.models.stand_ins import forwards_changed
 
 
 class RowPositions:
@@ -41,18 +40,8 @@ class RowPositions:
             positions: ``[R, Q]`` int64.
             past_len: what the model takes for the position of the first column in all rows.
         """
-        held: list[tuple[nn.Module, object]] = []
-        try:
-            for module in self._modules:
-                held.append((module, vars(module).get("forward", _NOTHING)))
-                vars(module)["forward"] = self._at(module.forward, positions, past_len)
+        with forwards_changed(self._modules, lambda forward: self._at(forward, positions, past_len)):
             yield
-        finally:
-            for module, former in held:
-                if former is _NOTHING:
-                    del vars(module)["forward"]
-                else:
-                    vars(module)["forward"] = former
 
     def _at(self, forward: Callable[..., Any], positions: Tensor, past_len: int) -> Callable[..., Any]:
         def read(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ Owns how a stand-in looks to others (as the module itself), and its coming and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pagedkv.models.context import active_step
 
+_NOTHING = object()  # in place of an attribute that is not there
 _NOT_PLAIN = ("_forward_hooks", "_forward_pre_hooks", "_buffers")
 
 Compute = Callable[..., Tensor | None]
@@ -102,3 +103,20 @@ def has_global_hooks() -> bool:
     """Whether hooks on all modules of the process are set: they are told which module they serve, and may know only the model's own."""
     module = torch.nn.modules.module
     return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+@contextmanager
+def forwards_changed(modules: Iterable[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """For a ``with`` block, modules with what ``change`` makes of their ``forward``; then as they were, one of their own included."""
+    held: list[tuple[nn.Module, object]] = []
+    try:
+        for module in modules:
+            held.append((module, vars(module).get("forward", _NOTHING)))
+            vars(module)["forward"] = change(module.forward)
+        yield
+    finally:
+        for module, former in held:
+            if former is _NOTHING:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = former
