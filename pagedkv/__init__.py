@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pagedkv.engine import Engine, EngineConfig, EngineStatistics
+    from pagedkv.engine import Engine, EngineConfig
     from pagedkv.errors import PagedKVError
     from pagedkv.generation import CachePool, PagedCache, PagedEncoderDecoderCache
     from pagedkv.llm import LLM
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pagedkv.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
     from pagedkv.pooling import PoolingParams
     from pagedkv.sampling import SamplingParams
+    from pagedkv.usage import EngineStatistics
 
 _HOMES = {
     "LLM": "llm",
@@ -27,7 +28,7 @@ _HOMES = {
     "EmbeddingRequestOutput": "outputs",
     "Engine": "engine",
     "EngineConfig": "engine",
-    "EngineStatistics": "engine",
+    "EngineStatistics": "usage",
     "MemoryPlan": "models",
     "ModelRunner": "models",
     "PagedCache": "generation",

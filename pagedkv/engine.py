@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pagedkv import checks
-from pagedkv.core import CacheStatistics, CheckLevel, KVCacheManager, Snapshot, Window
+from pagedkv.core import CheckLevel, KVCacheManager, Snapshot, Window
 from pagedkv.core.guard import parse_check_level
 from pagedkv.core.transaction import Transaction
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
@@ -33,6 +33,7 @@ from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, 
 from pagedkv.seating import Seating
 from pagedkv.sizing import blocks_needed, pool_groups, split_blocks
 from pagedkv.storage import BatchBuilder, KVStorage, Source, StateStorage
+from pagedkv.usage import EngineStatistics, Usage
 
 # Parameters that look at the tokens of the prompt, and their values that do not.
 _NEED_PROMPT_TOKENS: Mapping[str, tuple[object, ...]] = {
@@ -96,39 +97,6 @@ class EngineConfig:
         return SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens, watermark=self.watermark)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A frozen account of an engine.
-
-    Attributes:
-        num_running: sequences that run.
-        num_waiting: sequences that wait.
-        num_steps: steps completed.
-        num_preemptions: preemptions since the start.
-        num_computed_tokens: tokens that went through the model.
-        num_generated_tokens: tokens sampled.
-        peak_blocks_in_use: most blocks held at once, after a step; the sum of what follows.
-        peak_group_blocks: the same in each layer group.
-        pool_nbytes: bytes of K/V storage.
-        state_nbytes: bytes of recurrent state.
-        mean_waste: share of the sequences' slots that held no token, over all steps so far.
-        cache: the account of blocks, sequences and prefix hits.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_preemptions: int
-    num_computed_tokens: int
-    num_generated_tokens: int
-    peak_blocks_in_use: int
-    peak_group_blocks: tuple[int, ...]
-    pool_nbytes: int
-    state_nbytes: int
-    mean_waste: float
-    cache: CacheStatistics
-
-
 class Engine:
     """Serves many requests on one model: add them, call ``step`` until nothing is left.
 
@@ -189,15 +157,13 @@ class Engine:
         self._poison = Poison.at_level(self._manager, self._storage)
         self._scheduler = Scheduler(self._manager, limits, policy=policy, clock=clock)
         self._batches = BatchBuilder(runner.device, runner.block_size)
+        self._usage = Usage(self._manager)
         self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
         self._responses: dict[str, Response] = {}
         self._seating = Seating(runner, self._sampler, tokenizer=tokenizer, seed=config.seed, num_rows=limits.max_running)
         self._prompts = PromptWork(runner, self._seating)
         self._ready: list[RequestOutput] = []
         self._num_requests = 0
-        self._num_computed = self._num_generated = self._num_steps = 0
-        self._peak_blocks = [0] * len(num_blocks)
-        self._token_steps = self._slot_steps = 0
         self._closed = False
         self._change = Transaction("the engine")
         self._followed: Assignment | None = None
@@ -226,20 +192,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """A frozen account; O(blocks)."""
-        return EngineStatistics(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_steps=self._num_steps,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_computed_tokens=self._num_computed,
-            num_generated_tokens=self._num_generated,
-            peak_blocks_in_use=sum(self._peak_blocks),
-            peak_group_blocks=tuple(self._peak_blocks),
-            pool_nbytes=self._storage.nbytes,
-            state_nbytes=0 if self._state is None else self._state.nbytes,
-            mean_waste=1 - self._token_steps / self._slot_steps if self._slot_steps else 0.0,
-            cache=self._manager.statistics(),
-        )
+        return self._usage.statistics(self._scheduler, self._storage)
 
     def snapshot(self) -> Snapshot:
         """All block tables, copied out."""
@@ -486,10 +439,7 @@ class Engine:
         self._scheduler.complete(plan, sampled.token_ids.astype(np.int32))
         if self._state is not None:
             self._state.commit()
-        self._num_steps += 1
-        self._num_computed += plan.num_tokens
-        self._num_generated += len(rows) - len(sampled.errors)
-        self._book_use()
+        self._usage.book(num_computed=plan.num_tokens, num_generated=len(rows) - len(sampled.errors))
         for index, failure in sampled.errors.items():
             if isinstance(failure, InvariantError):  # logits that are not finite, which earlier steps without logits may be to blame for
                 self._manager.distrust(plan.seqs[plan.sampling_seqs[[index]]])
@@ -542,13 +492,6 @@ class Engine:
             elif not response.stream:
                 continue
             self._ready.append(response.output())
-
-    def _book_use(self) -> None:
-        use = zip(self._peak_blocks, self._manager.usable_blocks, self._manager.available_blocks, strict=True)
-        self._peak_blocks = [max(peak, usable - available) for peak, usable, available in use]
-        table = self._manager.table
-        self._token_steps += int(table.num_reserved.sum())
-        self._slot_steps += int(table.num_blocks.sum()) * self._runner.block_size
 
     def _parse(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         (params,) = as_params_list(params, 1)

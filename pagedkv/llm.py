@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
-from pagedkv.engine import Engine, EngineConfig, EngineStatistics, decoder_rules, limit_reason, resolve_max_model_len
+from pagedkv.engine import Engine, EngineConfig, decoder_rules, limit_reason, resolve_max_model_len
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.models import AdaptedModel, ModelRunner, TierName, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
@@ -31,6 +31,7 @@ from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
 from pagedkv.sizing import blocks_for_work, blocks_needed, fit_in_memory, pool_groups
+from pagedkv.usage import EngineStatistics
 
 Message = Mapping[str, object]
 _POLICIES: Mapping[str, Callable[[], SchedulingPolicy]] = {

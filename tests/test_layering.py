@@ -17,7 +17,7 @@ BASE = {"errors", "plan", "checks"}
 STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
-ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling", "prompt_work"}
+ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling", "prompt_work", "usage"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "seating": BASE | {"core", "models", "responses", "sampling", "scheduling"},
     "prompt_work": STORAGE | {"models", "pooling", "responses", "sampling", "seating"},
     "poisoning": BASE | {"core", "storage"},
+    "usage": STORAGE | {"core", "scheduling"},
     "engine": TOP - {"engine", "llm"},
     "llm": TOP - {"llm"},
     "__init__": TOP,

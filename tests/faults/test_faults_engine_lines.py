@@ -10,13 +10,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from engine_parts import ENGINE_PARTS
 from faults_support import is_broken
 from transformers import PreTrainedTokenizerBase
 
-import pagedkv.engine
-import pagedkv.responses
 import pagedkv.sampling
-import pagedkv.seating
 from pagedkv.core.transaction import Transaction
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import InvalidRequestError, InvariantError, StepError
@@ -28,7 +26,7 @@ from pagedkv.scheduling import Scheduler
 from pagedkv.testing.faults import Fault, InjectedFaultError, Site, failing_calls, failing_lines
 from pagedkv.testing.hash_model import HashModel
 
-PARTS = (pagedkv.engine, pagedkv.seating, pagedkv.responses, pagedkv.sampling)
+PARTS = (*ENGINE_PARTS, pagedkv.sampling)
 STEP_TO_PREEMPT, STEP_TO_ABORT = 6, 9
 
 

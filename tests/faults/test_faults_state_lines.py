@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_parts import ENGINE_PARTS
 from state_models import state_model
 
-import pagedkv.engine
 import pagedkv.models.dense
 import pagedkv.models.states
-import pagedkv.seating
 import pagedkv.storage.state
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import InvariantError, StepError, UnsupportedModelError
@@ -22,7 +21,7 @@ from pagedkv.models import ModelRunner
 from pagedkv.sampling import SamplingParams
 from pagedkv.testing.faults import Fault, InjectedFaultError, Site, failing_lines
 
-PARTS = (pagedkv.engine, pagedkv.seating, pagedkv.storage.state, pagedkv.models.dense, pagedkv.models.states)
+PARTS = (*ENGINE_PARTS, pagedkv.storage.state, pagedkv.models.dense, pagedkv.models.states)
 # A fork that copies its last block, a prompt in chunks, and one that gets the row of the first that ends.
 REQUESTS = {"fork": ([5, 9, 31, 60, 7, 8], 5, 2), "chunked": ([8, 44, 3, 90, 12, 71, 15, 6, 33, 2, 19], 4, 1), "late": ([77, 3], 3, 1)}
 
