@@ -1,6 +1,6 @@
 """The loop: plan, forward, sample, book, deliver. Synchronous, no thread; the caller decides when a step happens.
 
-Owns the order of these and nothing else: rules are the scheduler's, bytes the storage's, tokens the sampler's, text the responses'.
+Owns the order of these and nothing else: rules are the scheduler's, bytes the storage's, tokens the sampler's, outputs the outbox's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pagedkv.core.guard import parse_check_level
 from pagedkv.core.transaction import Transaction
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
 from pagedkv.models import ModelRunner
+from pagedkv.outbox import Outbox
 from pagedkv.outputs import RequestOutput
-from pagedkv.plan import Int64Array, StepPlan
+from pagedkv.plan import StepPlan
 from pagedkv.poisoning import Poison
 from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams
 from pagedkv.prompt_work import PromptWork
@@ -159,10 +160,9 @@ class Engine:
         self._batches = BatchBuilder(runner.device, runner.block_size)
         self._usage = Usage(self._manager)
         self._sampler = Sampler(runner.vocab_size, runner.device, max_rows=limits.max_running)
-        self._responses: dict[str, Response] = {}
         self._seating = Seating(runner, self._sampler, tokenizer=tokenizer, seed=config.seed, num_rows=limits.max_running)
         self._prompts = PromptWork(runner, self._seating)
-        self._ready: list[RequestOutput] = []
+        self._outbox = Outbox(self._scheduler, self._seating, self._prompts)
         self._num_requests = 0
         self._closed = False
         self._change = Transaction("the engine")
@@ -173,7 +173,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request has not ended, or an ended one has not been delivered."""
-        return self._scheduler.has_unfinished or bool(self._ready)
+        return self._scheduler.has_unfinished or self._outbox.has_ready
 
     @property
     def is_broken(self) -> bool:
@@ -297,8 +297,7 @@ class Engine:
             source = None if self._rules is None else Source(parsed.token_ids)
             is_far = self._is_far(len(parsed.token_ids))
             response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds, is_far, source)
-            self._responses[request_id] = response
-            self._prompts.add(request_id, response)
+            self._outbox.add(request_id, response)
 
     def check_request(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
@@ -317,7 +316,7 @@ class Engine:
         request_id = checks.text("request id", request_id, error=InvalidRequestError)
         with self._change:
             aborted = self._scheduler.abort(request_id)
-            self._deliver({})
+            self._outbox.collect()
             return aborted
 
     def preempt(self, request_id: str) -> bool:
@@ -346,9 +345,9 @@ class Engine:
             with self._change:
                 if plan is not None and sampled is not None:
                     self._book(plan, sampled)
-                self._deliver({})
-                ready, self._ready = self._ready, []
-                return ready
+                else:
+                    self._outbox.collect()
+                return self._outbox.take()
         except BaseException:
             self._undo()
             raise
@@ -385,8 +384,7 @@ class Engine:
         if not self._closed:
             self._closed = True
             self._storage.close()
-            self._responses.clear()
-            self._prompts.clear()
+            self._outbox.clear()
             self._seating.clear()
 
     # How it is done.
@@ -397,7 +395,7 @@ class Engine:
             with torch.no_grad():
                 if self._state is not None:
                     self._follow(self._state)
-                self._seating.assign(self._scheduler, self._responses)
+                self._seating.assign(self._scheduler, self._outbox.responses)
                 plan = self._prompts.trimmed(plan)
                 batch = self._batches.build(plan, self._sources(plan))
                 self._storage.copy_blocks(plan.copies)
@@ -443,9 +441,8 @@ class Engine:
         for index, failure in sampled.errors.items():
             if isinstance(failure, InvariantError):  # logits that are not finite, which earlier steps without logits may be to blame for
                 self._manager.distrust(plan.seqs[plan.sampling_seqs[[index]]])
-            response, branch_index = self._seating.owner(int(rows[index]))
-            self._scheduler.finish(response.record.request.request_id, branch_index, "error", error=failure)
-        self._deliver(self._watch(rows, sampled) if self._seating.watched[rows].any() else {})
+            self._outbox.fail(int(rows[index]), failure)
+        self._outbox.feed(rows, sampled)
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> SampledTokens:
         if len(plan.sampling_logits) != len(logits):
@@ -453,45 +450,6 @@ class Engine:
         table = self._manager.table
         histories = TokenHistories(table.token_ids, table.num_tokens, None if self._rules is None else self._seating.begins)
         return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], histories)
-
-    def _watch(self, rows: Int64Array, sampled: SampledTokens) -> dict[str, None]:
-        """Feed new tokens to the requests that look at each, and end those that met a stop string."""
-        touched: dict[str, None] = {}
-        for index in self._seating.watched[rows].nonzero()[0].tolist():
-            token = int(sampled.token_ids[index])
-            response, branch_index = self._seating.owner(int(rows[index]))
-            if token < 0:
-                continue
-            request_id = response.record.request.request_id
-            touched[request_id] = None
-            completion = response.completion(branch_index)
-            if sampled.logprobs is not None and (entry := sampled.logprobs[index]) is not None:
-                completion.logprobs.append(completion.with_texts(entry))
-            branch = next(branch for branch in response.record.branches if branch.index == branch_index)
-            if branch.finish_reason is not None:
-                continue  # its last token is booked with its end, which knows whether it belongs to the text
-            stop = completion.append([token])
-            if completion.failure is not None:
-                self._scheduler.finish(request_id, branch_index, "error", error=completion.failure)
-            elif stop is not None:
-                self._scheduler.finish(request_id, branch_index, "stop", stop_reason=stop)
-        return touched
-
-    def _deliver(self, touched: dict[str, None]) -> None:
-        """Make ready an output for every request that ended, and for those touched that stream; in a fixed order."""
-        for branch in self._scheduler.take_ended():
-            response = self._responses.get(branch.request.request_id)
-            if response is not None:
-                response.end(branch)
-                touched[branch.request.request_id] = None
-        for request_id in touched:
-            response = self._responses[request_id]
-            if response.record.finished:
-                del self._responses[request_id]
-                self._prompts.discard(request_id)
-            elif not response.stream:
-                continue
-            self._ready.append(response.output())
 
     def _parse(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         (params,) = as_params_list(params, 1)

@@ -17,7 +17,7 @@ BASE = {"errors", "plan", "checks"}
 STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
-ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling", "prompt_work", "usage"}
+ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling", "prompt_work", "usage", "outbox"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "seating": BASE | {"core", "models", "responses", "sampling", "scheduling"},
     "prompt_work": STORAGE | {"models", "pooling", "responses", "sampling", "seating"},
     "poisoning": BASE | {"core", "storage"},
+    "outbox": BASE | {"outputs", "prompt_work", "responses", "sampling", "scheduling", "seating"},
     "usage": STORAGE | {"core", "scheduling"},
     "engine": TOP - {"engine", "llm"},
     "llm": TOP - {"llm"},
