@@ -38,6 +38,7 @@ def test_take_from_fresh_pool_gives_lowest_ids_with_one_reference() -> None:
     allocation = pool.take(3)
     assert allocation.block_ids.tolist() == [1, 2, 3]
     assert allocation.evicted.tolist() == []
+    assert (allocation.block_ids.dtype, allocation.evicted.dtype) == (np.int32, np.int32)
     assert pool.references.tolist() == [0, 1, 1, 1, 0]
     assert pool.num_in_use == 3
     pool.check()

@@ -140,6 +140,13 @@ def test_broken_invariant_is_the_one_that_is_named(number: int) -> None:
         manager.check()
 
 
+def test_table_that_names_the_first_id_behind_the_pool_is_named() -> None:
+    manager = scene()
+    cell(0, 1, 17)(manager)
+    with pytest.raises(InvariantError, match=r"^manager: tables name the blocks 1 to 17, the pool ends with 16$"):
+        manager.check()
+
+
 def test_every_numbered_invariant_is_broken_by_a_test() -> None:
     numbers = [int(number) for number in re.findall(r"^ *(\d+)\. ", auditing.check.__doc__ or "", re.MULTILINE)]
     assert numbers == list(BREAKS) == list(range(1, len(BREAKS) + 1))

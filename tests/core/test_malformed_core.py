@@ -71,6 +71,12 @@ SETTINGS = table(
     ("cache of block_size 0", ConfigError, "block_size is 0", lambda _: PrefixCache(4, block_size=0)),
     ("table of 0 rows", ConfigError, "max_num_seqs is 0", lambda _: SequenceTable(0, num_groups=1, block_size=2, max_blocks=2)),
     ("table of text rows", ConfigError, "max_num_seqs is 'a'", lambda _: SequenceTable("a", num_groups=1, block_size=2, max_blocks=2)),  # type: ignore[arg-type]
+    (
+        "table of more rows than a handle can name",
+        ConfigError,
+        f"max_num_seqs is {2**62}: it must be at most {2**32 - 1}",
+        lambda _: SequenceTable(2**62, num_groups=1, block_size=2, max_blocks=2),
+    ),
     ("table of 0 groups", ConfigError, "num_groups is 0", lambda _: SequenceTable(2, num_groups=0, block_size=2, max_blocks=2)),
     ("table of half a block", ConfigError, "max_blocks is 0.5", lambda _: SequenceTable(2, num_groups=1, block_size=2, max_blocks=0.5)),  # type: ignore[arg-type]
 )

@@ -63,6 +63,7 @@ def test_open_new_prompt_allocates_nothing() -> None:
     manager = make_manager()
     opened = manager.open([[1, 2, 3], [4]])
     assert opened.num_cached_tokens.tolist() == [0, 0]
+    assert (opened.seqs.dtype, opened.num_cached_tokens.dtype) == (np.int64, np.int32)
     assert manager.num_available_blocks == 16
     assert manager.num_free_seqs == 2
     assert manager.rows_of(opened.seqs).tolist() == [0, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from scheduling_helpers import (
@@ -37,22 +39,23 @@ def test_submit_id_that_is_alive_is_refused_until_it_has_ended() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "unit", "needed", "limit"),
+    ("prompt", "options", "unit", "needed", "limit", "help"),
     [
-        (3, {"n": 5}, "sequences at once \\(n\\)", 5, 4),
-        (20, {"max_tokens": 13}, "tokens", 33, 32),
-        (9, {"max_tokens": 8, "n": 3}, "blocks", 2 + 3 * 2, 7),
-        (8, {"max_tokens": 9, "n": 3}, "blocks", 1 + 3 * 3, 7),
+        (3, {"n": 5}, "sequences at once (n)", 5, 4, "lower n"),
+        (20, {"max_tokens": 13}, "tokens", 33, 32, "raise max_model_len"),
+        (9, {"max_tokens": 8, "n": 3}, "blocks", 2 + 3 * 2, 7, "raise num_blocks"),
+        (8, {"max_tokens": 9, "n": 3}, "blocks", 1 + 3 * 3, 7, "raise num_blocks"),
     ],
 )
-def test_submit_what_can_never_fit_is_refused_with_the_figures(
-    prompt: int, options: dict[str, int], unit: str, needed: int, limit: int
+def test_submit_what_can_never_fit_is_refused_with_the_figures_and_what_would_help(
+    prompt: int, options: dict[str, int], unit: str, needed: int, limit: int, help: str
 ) -> None:
     scheduler = make_scheduler([10, 8], max_num_seqs=4, max_seq_len=32)
     submit(scheduler, "other", 3)
-    with pytest.raises(RequestTooLargeError, match=f"needs {needed} {unit} and there can never be more than {limit}") as raised:
+    message = f"request 'a' needs {needed} {unit} and there can never be more than {limit}: "
+    with pytest.raises(RequestTooLargeError, match=f"^{re.escape(message)}.*{help}") as raised:
         submit(scheduler, "a", prompt, **options)
-    assert (raised.value.needed, raised.value.limit) == (needed, limit)
+    assert (raised.value.needed, raised.value.limit, raised.value.unit) == (needed, limit, unit)
     assert scheduler.record("a") is None
     assert len(run(scheduler)) == 4
 
@@ -144,6 +147,21 @@ def test_admission_counts_a_cached_prefix_that_is_held_only_once() -> None:
     step(scheduler)
     assert scheduler.num_running == 2
     assert record_of(scheduler, "b").num_cached_tokens == 16
+
+
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_admission_to_the_end_counts_a_cached_prefix_that_is_held_only_once(short_of: int) -> None:
+    first, second = 6 - 5, 5 - 4  # blocks until their ends, less what the first holds when the second is looked at, and what they share
+    scheduler = make_scheduler(1 + 5 + first + second - short_of, max_num_seqs=4, max_preemptions=0)
+    submit(scheduler, "a", list(range(16)), 8)
+    step(scheduler)
+    late = submit(scheduler, "b", [*range(16), 99], 4)
+    step(scheduler)
+    taken = [dict(event.detail) for event in events(late, EventKind.WAITING)]
+    needed = {"reason": WaitReason.RESERVED, "needed": first + second, "available": first + second - short_of}
+    assert taken == ([needed] if short_of else [])
+    run(scheduler)
+    assert scheduler.num_preemptions == 0
 
 
 def test_admission_of_many_in_one_step_leaves_room_for_the_next_token_of_each() -> None:
@@ -320,15 +338,16 @@ def test_prefix_wait_of_a_request_that_is_aborted_is_over() -> None:
     run(scheduler)
 
 
-def test_prefix_of_a_forking_request_reaches_to_what_it_computes_before_the_fork() -> None:
+@pytest.mark.parametrize(("prompt", "reach"), [(9, 8), (8, 4)])  # the last token is left to the forks, and with it the block that it fills
+def test_prefix_of_a_forking_request_reaches_to_what_it_computes_before_the_fork(prompt: int, reach: int) -> None:
     scheduler = make_scheduler()
-    submit(scheduler, "a", list(range(9)), 2, n=2)
-    second = submit(scheduler, "b", [*range(9), 9], 2)
+    submit(scheduler, "a", list(range(prompt)), 2, n=2)
+    second = submit(scheduler, "b", [*range(prompt), 99], 2)
     step(scheduler)
     (wait,) = events(second, EventKind.WAITING)
-    assert wait.detail["num_tokens"] == 8
+    assert wait.detail["num_tokens"] == reach
     run(scheduler)
-    assert second.num_cached_tokens == 8
+    assert second.num_cached_tokens == reach
 
 
 def test_prefix_index_of_very_many_requests_is_swept() -> None:

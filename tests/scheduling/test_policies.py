@@ -115,6 +115,28 @@ def test_queue_with_lookahead_asks_the_policy_and_counts_who_was_passed_over() -
     assert names(queue) == ["a"]
 
 
+class ShortestFirst(LongestCachedPrefix):
+    """A policy as somebody else may write one."""
+
+    def choose(self, candidates: Sequence[Candidate], num_cached_tokens: Sequence[int]) -> int:
+        lengths = [candidate.num_tokens for candidate in candidates]
+        return lengths.index(min(lengths))
+
+
+def test_policy_is_told_how_many_tokens_each_waiting_request_knows() -> None:
+    scheduler = make_scheduler(policy=ShortestFirst(), max_num_seqs=1)
+    for request_id, prompt in (("long", 9), ("short", 4), ("middle", 5)):
+        submit(scheduler, request_id, prompt, 4)
+    for _ in range(3):
+        step(scheduler)
+    scheduler.preempt("short")  # it knows seven tokens by now
+    order: list[str] = []
+    while scheduler.has_unfinished:
+        step(scheduler)
+        order += [branch.request.request_id for branch in scheduler.take_ended()]
+    assert order == ["middle", "short", "long"]
+
+
 def test_queue_deferred_branch_comes_back_when_enough_is_computed() -> None:
     queue = WaitingQueue(FirstComeFirstServed())
     first, second = branches(("a", 0, 0), ("b", 1, 0))

@@ -69,6 +69,7 @@ BRANCHES: list[tuple[Corruption, str]] = [
     ),
     (lambda scheduler: setattr(scheduler._records["one"].branches[0], "status", Status.WAITING), "is waiting and is 0 times in the queue"),
     (lambda scheduler: setattr(waiter(scheduler), "row", 2), "'wait', continuation 0 is waiting and is 1 times in the queue with row 2"),
+    (lambda scheduler: setattr(waiter(scheduler), "seq", 9), "'wait', continuation 0 is waiting and .* with row -1 and sequence 9"),
     (lambda scheduler: setattr(scheduler._running, "num_trunks", 1), r"counted \(4, 2, 1, 0, 0\), found \(4, 2, 0, 0, 0\)"),
     (lambda scheduler: setattr(scheduler._running, "num_preempted", 1), r"counted \(4, 2, 0, 0, 1\), found \(4, 2, 0, 0, 0\)"),
     (
@@ -84,6 +85,16 @@ def test_check_broken_books_are_named(corrupt: Corruption, problem: str) -> None
     scheduler.check()
     corrupt(scheduler)
     with pytest.raises(InvariantError, match=f"scheduler: .*{problem}"):
+        scheduler.check()
+
+
+def test_check_a_trunk_and_the_rows_kept_for_its_forks_are_counted() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    submit(scheduler, "fork", 9, n=3)
+    step(scheduler)
+    scheduler.check()
+    scheduler._running.num_reserved_rows -= 1
+    with pytest.raises(InvariantError, match=r"counted \(1, 0, 1, 1, 0\), found \(1, 0, 1, 2, 0\)"):
         scheduler.check()
 
 
