@@ -6,7 +6,7 @@ Owns the order of these and nothing else: rules are the scheduler's, bytes the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -20,14 +20,17 @@ from pagedkv.core import CheckLevel, KVCacheManager, Snapshot, Window
 from pagedkv.core.guard import parse_check_level
 from pagedkv.core.transaction import Transaction
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
+from pagedkv.intake import Intake
+from pagedkv.lengths import Lengths
 from pagedkv.models import ModelRunner
+from pagedkv.namespaces import salt_of
 from pagedkv.outbox import Outbox
 from pagedkv.outputs import RequestOutput
 from pagedkv.plan import StepPlan
 from pagedkv.poisoning import Poison
 from pagedkv.pooling import ONLY_PROMPT, Pooler, PoolingParams
 from pagedkv.prompt_work import PromptWork
-from pagedkv.prompts import DecoderRules, ParsedPrompt, Prompt, as_params_list, check_priority, parse_prompt
+from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority
 from pagedkv.responses import Response
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer
 from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
@@ -35,17 +38,6 @@ from pagedkv.seating import Seating
 from pagedkv.sizing import blocks_needed, pool_groups, split_blocks
 from pagedkv.storage import BatchBuilder, KVStorage, Source, StateStorage
 from pagedkv.usage import EngineStatistics, Usage
-
-# Parameters that look at the tokens of the prompt, and their values that do not.
-_NEED_PROMPT_TOKENS: Mapping[str, tuple[object, ...]] = {
-    "repetition_penalty": (1.0,),
-    "prompt_logprobs": (None,),
-    "bad_words": (None, (), []),
-    "generation_kwargs": ({},),
-}
-
-_SOURCE = "\0source"  # begins the namespace of an encoder's input, which is named by its tokens
-_LENGTH_WITHOUT_LIMIT = 4096  # of an encoder-decoder whose positions nothing limits, both parts together
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +126,11 @@ class Engine:
         if not isinstance(config, EngineConfig):
             raise ConfigError(f"config is {checks.shown(config)}: it must be an EngineConfig")
         self.config = config
-        self.max_model_len = resolve_max_model_len(runner, config.max_model_len)
+        self._lengths = Lengths(runner, config.max_model_len)
+        self.max_model_len = self._lengths.max_model_len
         self._runner = runner
-        self._rules = decoder_rules(runner)
         self._tokenizer = tokenizer
+        self._intake = Intake(runner, self._lengths, tokenizer)
         self._decoder = cast("Tokenizer | None", tokenizer)  # its decode is typed for batches, too
         limits = config.limits()
         if runner.recurrent_state != "none":
@@ -243,8 +236,8 @@ class Engine:
         states = ", ".join(f"{branch.index}: {branch.finish_reason or branch.status}" for branch in record.branches)
         lines = [f"request {request_id!r} ({states})", *(f"  {event}" for event in record.events)]
         num_tokens = len(record.request.prompt_token_ids) + record.request.max_tokens
-        if self._runner.far_positions is not None and num_tokens == self._longest(is_far=False) < self.max_model_len:
-            lines.append(f"  ends at {num_tokens} tokens: {self._runner.max_positions_reason}")
+        if (why := self._lengths.why_ends_at(num_tokens)) is not None:
+            lines.append(f"  ends at {num_tokens} tokens: {why}")
         return "\n".join(lines)
 
     # Commands.
@@ -275,11 +268,10 @@ class Engine:
         self._check_ready()
         checks.text("request id", request_id, error=InvalidRequestError)
         checks.flag("stream", stream, error=InvalidRequestError)
-        pooling, params = (
-            (params, ONLY_PROMPT) if isinstance(params, PoolingParams) else (None, SamplingParams() if params is None else params)
-        )
-        parsed = self._parse(prompt, params)
-        request = self._request(request_id, parsed, params, parsed.priority if priority is None else check_priority(priority))
+        pooling, wanted = (params, ONLY_PROMPT) if isinstance(params, PoolingParams) else (None, params)
+        (sampling,) = as_params_list(wanted, 1)
+        parsed = self._parse(prompt, sampling)
+        request = self._request(request_id, parsed, sampling, parsed.priority if priority is None else check_priority(priority))
         embeds = None if parsed.embeds is None else self._runner.as_prompt_embeds(parsed.embeds)
         if pooling is not None:
             self._runner.check_hidden_states()
@@ -294,14 +286,15 @@ class Engine:
                 raise
             self._num_requests += 1
             pooler = None if pooling is None else Pooler(pooling, len(parsed.token_ids))
-            source = None if self._rules is None else Source(parsed.token_ids)
-            is_far = self._is_far(len(parsed.token_ids))
-            response = Response(record, params, self._decoder, parsed.text, stream, pooler, embeds, is_far, source)
+            source = Source(parsed.token_ids) if self._intake.has_encoder else None
+            is_far = self._lengths.is_far(len(parsed.token_ids))
+            response = Response(record, sampling, self._decoder, parsed.text, stream, pooler, embeds, is_far, source)
             self._outbox.add(request_id, response)
 
     def check_request(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
         """Raise what ``add_request`` would raise, but for the id; returns the parsed prompt."""
         self._check_open()
+        (params,) = as_params_list(params, 1)
         parsed = self._parse(prompt, params)
         self._scheduler.check_fits(self._request("", parsed, params, parsed.priority))
         return parsed
@@ -355,9 +348,7 @@ class Engine:
     def purge_cache(self, cache_salt: str = "") -> int:
         """Make all cached prefixes of one salt unfindable; returns how many blocks that were."""
         salt = checks.text("cache_salt", cache_salt, error=InvalidRequestError)
-        if self._rules is not None:
-            return sum(self._manager.purge(name) for name in self._manager.namespaces if _salt_behind_source(name) == salt)
-        return sum(self._manager.purge(_namespace(salt, is_far=is_far)) for is_far in (False, True))
+        return sum(self._manager.purge(name) for name in self._manager.namespaces if salt_of(name) == salt)
 
     def reset_prefix_cache(self) -> int:
         """Make all cached prefixes unfindable; returns how many blocks that were.
@@ -412,7 +403,7 @@ class Engine:
 
     def _sources(self, plan: StepPlan) -> Sequence[Source]:
         """What each sequence of a step gives to the encoder; nothing where there is none."""
-        if self._rules is None:
+        if not self._intake.has_encoder:
             return ()
         return [source for row in plan.rows.tolist() if (source := self._seating.owner(row)[0].source) is not None]
 
@@ -448,69 +439,18 @@ class Engine:
         if len(plan.sampling_logits) != len(logits):
             logits = logits[torch.from_numpy(plan.sampling_logits).to(logits.device)]
         table = self._manager.table
-        histories = TokenHistories(table.token_ids, table.num_tokens, None if self._rules is None else self._seating.begins)
+        histories = TokenHistories(table.token_ids, table.num_tokens, self._seating.begins if self._intake.has_encoder else None)
         return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], histories)
 
     def _parse(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:
-        (params,) = as_params_list(params, 1)
-        parsed = parse_prompt(
-            prompt,
-            tokenizer=self._tokenizer,
-            num_token_ids=self._runner.num_token_ids,
-            max_model_len=self.max_model_len,
-            limit_reason=limit_reason(self._runner, self.max_model_len),
-            decoder=self._rules,
-        )
-        params.check_vocabulary(self._runner.vocab_size)
-        needs_text = [name for name in ("stop", "bad_words") if getattr(params, name)]
-        if needs_text and (self._tokenizer is None or ("stop" in needs_text and not params.detokenize)):
-            raise InvalidRequestError(f"{' and '.join(needs_text)} need text: give a tokenizer and leave detokenize on, or use token ids")
-        needs_tokens = [name for name, off in _NEED_PROMPT_TOKENS.items() if getattr(params, name) not in off]
-        if parsed.embeds is not None and needs_tokens:
-            raise InvalidRequestError(f"{' and '.join(needs_tokens)} need the tokens of the prompt, which prompt_embeds does not tell")
-        if self._rules is not None and params.prompt_logprobs is not None:
-            raise InvalidRequestError("prompt_logprobs: the prompt of an encoder-decoder is read by its encoder, which predicts no tokens")
+        """A prompt in one form; raises ``InvalidRequestError`` for what of it and its parameters cannot be served."""
+        parsed = self._intake.parse(prompt)
+        self._intake.check(parsed, params)
         self._seating.check(params, len(parsed.token_ids if parsed.decoder_token_ids is None else parsed.decoder_token_ids))
         return parsed
 
-    def _is_far(self, num_prompt_tokens: int) -> bool:
-        """Whether a prompt is so long that the model rotates all of it at other frequencies, see ``ModelRunner.far_positions``."""
-        far, near = self._runner.far_positions, self._runner.max_positions
-        return far is not None and near is not None and num_prompt_tokens > near
-
-    def _longest(self, *, is_far: bool) -> int:
-        """Tokens of prompt and output together. A prompt that is not far must not become so: the last token is never read."""
-        near = self._runner.max_positions
-        if is_far or near is None:
-            return self.max_model_len
-        return min(self.max_model_len, near + 1)
-
     def _request(self, request_id: str, parsed: ParsedPrompt, params: SamplingParams, priority: int) -> Request:
-        is_far = self._is_far(len(parsed.token_ids))
-        room = self._longest(is_far=is_far) - parsed.num_tokens
-        if self._rules is not None and (most := self._rules.room(parsed)) is not None:
-            room = min(room, most)
-        return Request(
-            request_id,
-            parsed.sequence,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            min_tokens=params.min_tokens,
-            eos_token_ids=() if params.ignore_eos else self._runner.eos_token_ids,
-            stop_token_ids=tuple(params.stop_token_ids or ()),
-            n=params.n,
-            priority=priority,
-            namespace=self._namespace_of(parsed, is_far=is_far),
-            wants_prompt_logits=params.prompt_logprobs is not None,
-        )
-
-    def _namespace_of(self, parsed: ParsedPrompt, *, is_far: bool) -> str:
-        if parsed.embeds is not None:
-            # What came as embeddings is named by no tokens: nobody else may find it by those that stand in their place.
-            return f"\0{self._num_requests}"
-        if self._rules is not None:
-            # What is stored for a token of the encoder depends on all of them, so only who has them all may find it.
-            return f"{_SOURCE}{parsed.token_ids.tobytes().hex()}\0{parsed.cache_salt}"
-        return _namespace(parsed.cache_salt, is_far=is_far)
+        return self._intake.request(request_id, parsed, params, priority=priority, number=self._num_requests)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -534,51 +474,3 @@ def _layer_groups(runner: ModelRunner, config: EngineConfig, max_model_len: int)
     if len(groups) == 1:
         return [asked], windows
     return split_blocks(asked, blocks_needed(groups, limits, block_size=runner.block_size, max_model_len=max_model_len), groups), windows
-
-
-def _namespace(salt: str, *, is_far: bool = False) -> str:
-    """The namespace of a salt: the salt, but never one that the engine makes, which begin with a zero and a digit or letter.
-
-    K/V of a prompt at the frequencies of long ones are of no use to others.
-    """
-    if is_far:
-        return f"\0far{salt}"
-    return f"\0{salt}" if salt.startswith("\0") else salt
-
-
-def _salt_behind_source(namespace: str) -> str | None:
-    """The salt in the namespace of an encoder's input; None for another namespace."""
-    return namespace.removeprefix(_SOURCE).partition("\0")[2] if namespace.startswith(_SOURCE) else None
-
-
-def decoder_rules(runner: ModelRunner) -> DecoderRules | None:
-    """What prompts of an encoder-decoder have to keep to; None for others."""
-    limits = runner.encoder
-    if limits is None:
-        return None
-    return DecoderRules(limits.start_token_id, limits.num_decoder_token_ids, limits.max_source_tokens, limits.max_decoder_tokens)
-
-
-def resolve_max_model_len(runner: ModelRunner, asked: int | None) -> int:
-    """The longest prompt and output together: as asked, at most the model's positions.
-
-    Raises:
-        ConfigError: more is asked than the model has positions, or the model states none and nothing is asked.
-    """
-    positions = runner.max_positions if runner.far_positions is None else runner.far_positions
-    if asked is None:
-        if positions is None and runner.encoder is not None:
-            return _LENGTH_WITHOUT_LIMIT
-        if positions is None:
-            raise ConfigError("the model states no longest length: give max_model_len")
-        return positions
-    if positions is not None and asked > positions:
-        reason = limit_reason(runner, positions)
-        served = f"the model has {positions} positions" if reason is None else f"{positions} positions of this model are served: {reason}"
-        raise ConfigError(f"max_model_len is {asked}, {served}")
-    return asked
-
-
-def limit_reason(runner: ModelRunner, max_model_len: int) -> str | None:
-    """Why no longer sequence is served, where the model states more positions than that."""
-    return runner.max_positions_reason if max_model_len == runner.max_positions else None

@@ -21,13 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
-from pagedkv.engine import Engine, EngineConfig, decoder_rules, limit_reason, resolve_max_model_len
+from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
+from pagedkv.intake import Intake
+from pagedkv.lengths import Lengths
 from pagedkv.models import AdaptedModel, ModelRunner, TierName, load_model, load_tokenizer
 from pagedkv.models.memory import free_memory
 from pagedkv.outputs import EmbeddingRequestOutput, RequestOutput
 from pagedkv.pooling import ONLY_PROMPT, PoolingParams
-from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list, parse_prompt
+from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
 from pagedkv.sizing import blocks_for_work, blocks_needed, fit_in_memory, pool_groups
@@ -133,7 +135,9 @@ class LLM:
         self._runner = ModelRunner(
             loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse, tier=tier
         )
-        self._max_model_len = resolve_max_model_len(self._runner, max_model_len)
+        lengths = Lengths(self._runner, max_model_len)
+        self._intake = Intake(self._runner, lengths, self._tokenizer)
+        self._max_model_len = lengths.max_model_len
         self._groups = pool_groups(self._runner)
         self._fixed_blocks: int | list[int] | None = num_blocks
         if kv_cache_memory_bytes is not None:
@@ -313,7 +317,7 @@ class LLM:
         several = as_prompt_list(prompts)
         if not several:
             raise InvalidRequestError("the list of prompts is empty")
-        parsed = [self._parse(prompt) for prompt in several]  # once: what follows takes the token ids
+        parsed = [self._intake.parse(prompt) for prompt in several]  # once: what follows takes the token ids
         work = list(zip(parsed, as_params_list(sampling_params, len(several)), strict=True))
         if self._engine is not None and self._engine.is_broken:
             self._engine.close()
@@ -325,16 +329,6 @@ class LLM:
         for prompt, wanted in work:
             self.engine.check_request(prompt, wanted)
         return work
-
-    def _parse(self, prompt: Prompt) -> ParsedPrompt:
-        return parse_prompt(
-            prompt,
-            tokenizer=self._tokenizer,
-            num_token_ids=self._runner.num_token_ids,
-            max_model_len=self._max_model_len,
-            limit_reason=limit_reason(self._runner, self._max_model_len),
-            decoder=decoder_rules(self._runner),
-        )
 
     def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
         """Make the pools, and slots for recurrent state, as many as this work can use, unless they are already, or are in use.

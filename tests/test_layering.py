@@ -17,7 +17,8 @@ BASE = {"errors", "plan", "checks"}
 STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
-ABOVE = {"outputs", "engine", "llm", "prompts", "responses", "seating", "sizing", "poisoning", "pooling", "prompt_work", "usage", "outbox"}
+ABOVE = {"outputs", "prompts", "lengths", "namespaces", "intake", "responses", "pooling", "prompt_work", "seating", "outbox", "usage"}
+ABOVE |= {"sizing", "poisoning", "engine", "llm"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -42,6 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "prompt_work": STORAGE | {"models", "pooling", "responses", "sampling", "seating"},
     "poisoning": BASE | {"core", "storage"},
     "outbox": BASE | {"outputs", "prompt_work", "responses", "sampling", "scheduling", "seating"},
+    "lengths": BASE | {"models"},
+    "namespaces": {"prompts"},
+    "intake": BASE | {"lengths", "models", "namespaces", "prompts", "sampling", "scheduling"},
     "usage": STORAGE | {"core", "scheduling"},
     "engine": TOP - {"engine", "llm"},
     "llm": TOP - {"llm"},

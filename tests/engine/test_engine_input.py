@@ -225,3 +225,10 @@ def test_model_in_training_mode_is_refused_with_the_reason() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         ModelRunner(tiny_model("llama").train())
     assert_all_mentioned(str(caught.value), ["training mode", "inference", "model.eval()"])
+
+
+def test_parameters_in_a_list_of_one_are_those_of_the_request(runner: ModelRunner, references: dict[Prompt, tuple[int, ...]]) -> None:
+    engine = new_engine(runner)
+    engine.add_request("one", PROMPTS[0], [greedy(5)])  # type: ignore[arg-type]
+    (output,) = run_all(engine).values()
+    assert output.outputs[0].token_ids == references[PROMPTS[0]][:5]
