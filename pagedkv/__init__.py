@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pagedkv.engine import Engine, EngineConfig
+    from pagedkv.engine import Engine
+    from pagedkv.engine_config import EngineConfig
     from pagedkv.errors import PagedKVError
     from pagedkv.generation import CachePool, PagedCache, PagedEncoderDecoderCache
     from pagedkv.llm import LLM
@@ -27,7 +28,7 @@ _HOMES = {
     "EmbeddingOutput": "outputs",
     "EmbeddingRequestOutput": "outputs",
     "Engine": "engine",
-    "EngineConfig": "engine",
+    "EngineConfig": "engine_config",
     "EngineStatistics": "usage",
     "MemoryPlan": "models",
     "ModelRunner": "models",

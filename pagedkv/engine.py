@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pagedkv import checks
-from pagedkv.core import CheckLevel, KVCacheManager, Snapshot, Window
-from pagedkv.core.guard import parse_check_level
+from pagedkv.core import KVCacheManager, Snapshot
 from pagedkv.core.transaction import Transaction
+from pagedkv.engine_config import EngineConfig
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, InvariantError, PagedKVError, StepError
 from pagedkv.intake import Intake
 from pagedkv.lengths import Lengths
@@ -33,61 +33,11 @@ from pagedkv.prompt_work import PromptWork
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority
 from pagedkv.responses import Response
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer
-from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulerConfig, SchedulingPolicy
+from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulingPolicy
 from pagedkv.seating import Seating
-from pagedkv.sizing import blocks_needed, pool_groups, split_blocks
+from pagedkv.sizing import blocks_given, pool_groups
 from pagedkv.storage import BatchBuilder, KVStorage, Source, StateStorage
 from pagedkv.usage import EngineStatistics, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """An engine's sizes.
-
-    Args:
-        num_blocks: blocks of the pool, the null block included; exactly so many are allocated. Where layers have windows, so many for those
-            that have none, and for the others what ``max_num_seqs`` sequences can need, if that is less; or one number for each layer
-            group, in the order of ``ModelRunner.windows``.
-        windowed_groups: whether layers with a sliding or chunked window give back the blocks behind it.
-        max_num_seqs: sequences running at once.
-        max_num_batched_tokens: tokens computed in one step.
-        max_model_len: tokens of prompt and output together, what an encoder reads included; the model's positions when not given, or
-            4,096 with an encoder and no limit.
-        enable_prefix_caching: whether full blocks are kept to be found again; never with a model that has recurrent layers, whose state
-            no block holds. Behind an encoder they are found by requests of the very same input.
-        seed: for requests that bring none.
-        watermark: share of the blocks kept free when a request is admitted beside others.
-        check: how closely blocks, tables and queues are watched: ``"off"``, ``"step"`` (conservation laws) or ``"audit"`` (everything, and
-            before each forward pass all blocks that hold nothing valid are NaN); see ``pagedkv.core.CheckLevel``.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-
-    num_blocks: int | Sequence[int]
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None
-    enable_prefix_caching: bool = True
-    seed: int = 0
-    watermark: float = 0.01
-    check: CheckLevel = "off"
-    windowed_groups: bool = True
-
-    def __post_init__(self) -> None:
-        parse_check_level(self.check)
-        for count in self.num_blocks if isinstance(self.num_blocks, list | tuple) else [self.num_blocks]:
-            checks.integer("num_blocks", count, least=2, most=2**31 - 1)  # the null block and one to use; ids are int32
-        checks.flag("windowed_groups", self.windowed_groups)
-        if self.max_model_len is not None:
-            checks.integer("max_model_len", self.max_model_len, least=2)  # one token in and one out
-        checks.flag("enable_prefix_caching", self.enable_prefix_caching)
-        checks.integer("seed", self.seed, least=-(2**63), most=2**64 - 1)
-        self.limits()  # which knows what they may be
-
-    def limits(self) -> SchedulerConfig:
-        """The scheduler's part of it; raises ``ConfigError`` naming the setting."""
-        return SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens, watermark=self.watermark)
 
 
 class Engine:
@@ -135,13 +85,14 @@ class Engine:
         limits = config.limits()
         if runner.recurrent_state != "none":
             limits = replace(limits, recurrent_state=runner.recurrent_state)
-        num_blocks, windows = _layer_groups(runner, config, self.max_model_len)
+        groups = pool_groups(runner, windowed=config.windowed_groups)
+        num_blocks = blocks_given(config.num_blocks, groups, limits, block_size=runner.block_size, max_model_len=self.max_model_len)
         # Before the books, which are small beside it but not small for a pool that no device could hold.
         self._storage = runner.new_storage(num_blocks if len(num_blocks) > 1 else num_blocks[0], num_rows=limits.max_running)
         self._state = self._storage.state
         self._manager = KVCacheManager(
             num_blocks=num_blocks,
-            windows=windows,
+            windows=[group.window for group in groups],
             block_size=runner.block_size,
             max_num_seqs=limits.max_running,
             max_seq_len=self.max_model_len,
@@ -460,17 +411,3 @@ class Engine:
         """Raise ``ClosedError`` or, when a command was stopped in the middle, ``InvariantError``."""
         self._check_open()
         self._change.check()
-
-
-def _layer_groups(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> tuple[list[int], list[Window | None]]:
-    """Blocks and window of each layer group; raises ``ConfigError`` where blocks are given for another number of groups."""
-    limits, asked = config.limits(), config.num_blocks
-    groups = pool_groups(runner, windowed=config.windowed_groups)
-    windows = [group.window for group in groups]
-    if isinstance(asked, Sequence):
-        if len(asked) != len(groups):
-            raise ConfigError(f"num_blocks is {list(asked)}: the model has {len(groups)} layer groups, give one number or so many")
-        return list(asked), windows
-    if len(groups) == 1:
-        return [asked], windows
-    return split_blocks(asked, blocks_needed(groups, limits, block_size=runner.block_size, max_model_len=max_model_len), groups), windows

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import flag, integer, number, shown
 from pagedkv.core import CheckLevel
-from pagedkv.engine import Engine, EngineConfig
+from pagedkv.engine import Engine
+from pagedkv.engine_config import EngineConfig
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.intake import Intake
 from pagedkv.lengths import Lengths

@@ -18,8 +18,6 @@ from pagedkv.scheduling import SchedulerConfig
 _MAX_IDLE_BLOCKS = 2**18
 _MOST_BLOCKS = 2**31 - 1  # block ids are int32
 
-_MOST_BLOCKS = 2**31 - 1  # block ids are int32
-
 
 @dataclass(frozen=True, slots=True)
 class PoolGroup:
@@ -83,6 +81,23 @@ def blocks_for_work(
 def split_blocks(num_blocks: int, needed: Sequence[int], groups: Sequence[PoolGroup]) -> list[int]:
     """``num_blocks`` for each group that keeps everything, and for each windowed one no more than it needs; at least 2."""
     return [max(2, count if not group.nbytes_per_block else min(num_blocks, count)) for count, group in zip(needed, groups, strict=True)]
+
+
+def blocks_given(
+    num_blocks: int | Sequence[int], groups: Sequence[PoolGroup], limits: SchedulerConfig, *, block_size: int, max_model_len: int
+) -> list[int]:
+    """The blocks of each group where they are given: of each, or one number that ``split_blocks`` makes theirs.
+
+    Raises:
+        ConfigError: numbers for another count of groups.
+    """
+    if isinstance(num_blocks, Sequence):
+        if len(num_blocks) != len(groups):
+            raise ConfigError(f"num_blocks is {list(num_blocks)}: the model has {len(groups)} layer groups, give one number or so many")
+        return list(num_blocks)
+    if len(groups) == 1:
+        return [num_blocks]
+    return split_blocks(num_blocks, blocks_needed(groups, limits, block_size=block_size, max_model_len=max_model_len), groups)
 
 
 def blocks_in_memory(nbytes: int, nbytes_per_block: int, *, setting: str, state_nbytes: int = 0) -> int:

@@ -18,7 +18,7 @@ STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
 ABOVE = {"outputs", "prompts", "lengths", "namespaces", "intake", "responses", "pooling", "prompt_work", "seating", "outbox", "usage"}
-ABOVE |= {"sizing", "poisoning", "engine", "llm"}
+ABOVE |= {"sizing", "poisoning", "engine_config", "engine", "llm"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "namespaces": {"prompts"},
     "intake": BASE | {"lengths", "models", "namespaces", "prompts", "sampling", "scheduling"},
     "usage": STORAGE | {"core", "scheduling"},
+    "engine_config": CORE | {"scheduling"},
     "engine": TOP - {"engine", "llm"},
     "llm": TOP - {"llm"},
     "__init__": TOP,

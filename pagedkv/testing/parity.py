@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from pagedkv.engine import Engine, EngineConfig
+from pagedkv.engine import Engine
+from pagedkv.engine_config import EngineConfig
 from pagedkv.errors import PagedKVError
 from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput

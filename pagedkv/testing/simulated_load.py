@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from pagedkv.core import Window
-from pagedkv.engine import EngineConfig
+from pagedkv.engine_config import EngineConfig
 from pagedkv.prompts import PromptDict
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulingPolicy

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from pagedkv.engine import Engine, EngineConfig
+from pagedkv.engine import Engine
+from pagedkv.engine_config import EngineConfig
 from pagedkv.errors import InvalidRequestError, RequestTooLargeError, StepError
 from pagedkv.outputs import RequestOutput
 from pagedkv.testing.hash_model import HashModel, continuation

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pagedkv.engine
 
-# Values, words that are checked, and what only its making asks: nothing of an engine's state is in there.
-_STATELESS = {"pagedkv.checks", "pagedkv.errors", "pagedkv.outputs", "pagedkv.plan", "pagedkv.prompts", "pagedkv.sizing"}
+# Values, and words that are checked: nothing of an engine's state is in there.
+_STATELESS = {"pagedkv.checks", "pagedkv.errors", "pagedkv.outputs", "pagedkv.plan", "pagedkv.prompts"}
 
 
 def _parts() -> tuple[ModuleType, ...]:
