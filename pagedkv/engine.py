@@ -6,7 +6,7 @@ Owns the order of these and nothing else: rules are the scheduler's, bytes the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -33,10 +33,10 @@ from pagedkv.prompt_work import PromptWork
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, check_priority
 from pagedkv.responses import Response
 from pagedkv.sampling import SampledTokens, Sampler, SamplingParams, TokenHistories, Tokenizer
-from pagedkv.scheduling import Assignment, Request, Scheduler, SchedulingPolicy
+from pagedkv.scheduling import Request, Scheduler, SchedulingPolicy
 from pagedkv.seating import Seating
 from pagedkv.sizing import blocks_given, pool_groups
-from pagedkv.storage import BatchBuilder, KVStorage, Source, StateStorage
+from pagedkv.storage import BatchBuilder, KVStorage, Source
 from pagedkv.usage import EngineStatistics, Usage
 
 
@@ -110,7 +110,6 @@ class Engine:
         self._num_requests = 0
         self._closed = False
         self._change = Transaction("the engine")
-        self._followed: Assignment | None = None
 
     # Questions.
 
@@ -237,7 +236,7 @@ class Engine:
                 raise
             self._num_requests += 1
             pooler = None if pooling is None else Pooler(pooling, len(parsed.token_ids))
-            source = Source(parsed.token_ids) if self._intake.has_encoder else None
+            source = None if parsed.decoder_token_ids is None else Source(parsed.token_ids)
             is_far = self._lengths.is_far(len(parsed.token_ids))
             response = Response(record, sampling, self._decoder, parsed.text, stream, pooler, embeds, is_far, source)
             self._outbox.add(request_id, response)
@@ -335,11 +334,9 @@ class Engine:
         """Run the forward pass and draw the tokens; nothing of it counts before it is booked."""
         try:
             with torch.no_grad():
-                if self._state is not None:
-                    self._follow(self._state)
-                self._seating.assign(self._scheduler, self._outbox.responses)
+                self._seating.assign(self._scheduler, self._outbox.responses, self._state)
                 plan = self._prompts.trimmed(plan)
-                batch = self._batches.build(plan, self._sources(plan))
+                batch = self._batches.build(plan, self._seating.sources(plan.rows))
                 self._storage.copy_blocks(plan.copies)
                 if self._poison is not None:
                     self._poison.spread(plan)
@@ -351,20 +348,6 @@ class Engine:
             raise
         except Exception as error:
             raise StepError(f"step {plan.step} with {plan.num_tokens} tokens of {plan.num_seqs} sequences failed: {error}") from error
-
-    def _sources(self, plan: StepPlan) -> Sequence[Source]:
-        """What each sequence of a step gives to the encoder; nothing where there is none."""
-        if not self._intake.has_encoder:
-            return ()
-        return [source for row in plan.rows.tolist() if (source := self._seating.owner(row)[0].source) is not None]
-
-    def _follow(self, state: StateStorage) -> None:
-        """Have state go along with rows that changed hands: each assignment once, though it is seen again where a step failed."""
-        pending = self._scheduler.assignments
-        done = next((place + 1 for place, each in enumerate(pending) if each is self._followed), 0)
-        for each in pending[done:]:
-            state.follow(each.row, each.source_row)
-            self._followed = each
 
     def _undo(self) -> None:
         """Take back a plan that was not completed: whatever stopped the step, an interrupt from the keyboard too, all is as before it."""
@@ -390,7 +373,7 @@ class Engine:
         if len(plan.sampling_logits) != len(logits):
             logits = logits[torch.from_numpy(plan.sampling_logits).to(logits.device)]
         table = self._manager.table
-        histories = TokenHistories(table.token_ids, table.num_tokens, self._seating.begins if self._intake.has_encoder else None)
+        histories = TokenHistories(table.token_ids, table.num_tokens, self._seating.begins)
         return self._sampler.sample(logits, plan.rows[plan.sampling_seqs], histories)
 
     def _parse(self, prompt: Prompt | ParsedPrompt, params: SamplingParams) -> ParsedPrompt:

@@ -31,9 +31,6 @@ class Intake:
         runner: the model.
         lengths: of its sequences.
         tokenizer: for texts; None for token ids only.
-
-    Attributes:
-        has_encoder: whether prompts are read by an encoder, and outputs go on from what the decoder begins with.
     """
 
     def __init__(self, runner: ModelRunner, lengths: Lengths, tokenizer: Encoder | None) -> None:
@@ -41,7 +38,6 @@ class Intake:
         self._lengths = lengths
         self._tokenizer = tokenizer
         self._rules = _decoder_rules(runner)
-        self.has_encoder = self._rules is not None
 
     def parse(self, prompt: Prompt | ParsedPrompt) -> ParsedPrompt:
         """A prompt in one form; raises ``InvalidRequestError`` for one that the model cannot read."""
@@ -63,7 +59,7 @@ class Intake:
         needs_tokens = [name for name, off in _NEED_PROMPT_TOKENS.items() if getattr(params, name) not in off]
         if parsed.embeds is not None and needs_tokens:
             raise InvalidRequestError(f"{' and '.join(needs_tokens)} need the tokens of the prompt, which prompt_embeds does not tell")
-        if self.has_encoder and params.prompt_logprobs is not None:
+        if parsed.decoder_token_ids is not None and params.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs: the prompt of an encoder-decoder is read by its encoder, which predicts no tokens")
 
     def request(self, request_id: str, parsed: ParsedPrompt, params: SamplingParams, *, priority: int, number: int) -> Request:

@@ -1,11 +1,11 @@
-"""Which row of the table belongs to which response, and what the sampler has to know of it.
+"""Which row of the table belongs to which response, and what sampler, recurrent state and encoder have to know of it.
 
 Owns the rows' owners and their registration with the sampler. Does not own rows (``Scheduler``) and does not sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pagedkv.errors import InvalidRequestError
 from pagedkv.models import ModelRunner, build_processors, split_options
-from pagedkv.plan import BoolArray, Int32Array
+from pagedkv.plan import BoolArray, Int32Array, Int64Array
 from pagedkv.responses import Response
 from pagedkv.sampling import Sampler, SamplingParams, encode_bad_words
 from pagedkv.scheduling import Assignment, Scheduler
+from pagedkv.storage import Source, StateStorage
 
 _UINT64 = 2**64
 
@@ -39,7 +40,9 @@ class Seating:
         self._sampler = sampler
         self._tokenizer = tokenizer
         self._seed = seed
+        self._has_encoder = runner.encoder is not None
         self._owners: dict[int, tuple[Response, int]] = {}
+        self._followed: Assignment | None = None
         self._watched = np.zeros(num_rows, dtype=np.bool_)
         self._begins = np.zeros(num_rows, dtype=np.int32)
 
@@ -49,13 +52,19 @@ class Seating:
         return self._watched
 
     @property
-    def begins(self) -> Int32Array:
-        """``[R]`` where each row's tokens begin that its outputs go on from: behind those of an encoder, else at 0; to read."""
-        return self._begins
+    def begins(self) -> Int32Array | None:
+        """``[R]`` where each row's tokens begin that its outputs go on from, behind those of an encoder; None where all are at 0."""
+        return self._begins if self._has_encoder else None
 
     def owner(self, row: int) -> tuple[Response, int]:
         """The response that the row belongs to, and the index of its sample."""
         return self._owners[row]
+
+    def sources(self, rows: Int64Array) -> Sequence[Source]:
+        """What the sequences in these rows give to the encoder, one each; nothing where there is none."""
+        if not self._has_encoder:
+            return ()
+        return [source for row in rows.tolist() if (source := self._owners[row][0].source) is not None]
 
     def check(self, params: SamplingParams, num_prompt_tokens: int) -> None:
         """Raise ``InvalidRequestError`` for parameters that could not be registered."""
@@ -65,9 +74,18 @@ class Seating:
         if beyond:
             raise InvalidRequestError(f"bad_words has token {beyond[0]}, the model's vocabulary ends at {self._runner.vocab_size - 1}")
 
-    def assign(self, scheduler: Scheduler, responses: Mapping[str, Response]) -> None:
-        """Register the rows that changed hands, and take them from the scheduler; if one fails, the next call tries all again."""
-        for assignment in scheduler.assignments:
+    def assign(self, scheduler: Scheduler, responses: Mapping[str, Response], state: StateStorage | None) -> None:
+        """Register the rows that changed hands, and take them from the scheduler; if one fails, the next call tries all again.
+
+        Args:
+            scheduler: says which.
+            responses: of live requests.
+            state: goes along with the rows, once with each; None where there is none.
+        """
+        pending = scheduler.assignments
+        if state is not None:
+            self._follow(pending, state)
+        for assignment in pending:
             response = responses.get(assignment.request_id)
             if response is not None:
                 self._register(response, assignment)
@@ -76,6 +94,13 @@ class Seating:
     def clear(self) -> None:
         """Forget all owners."""
         self._owners.clear()
+
+    def _follow(self, pending: Sequence[Assignment], state: StateStorage) -> None:
+        """Copying state twice would not be the same as once: what a step that failed has done already is left out."""
+        done = next((place + 1 for place, each in enumerate(pending) if each is self._followed), 0)
+        for each in pending[done:]:
+            state.follow(each.row, each.source_row)
+            self._followed = each
 
     def _register(self, response: Response, assignment: Assignment) -> None:
         request, params, row = response.record.request, response.params, assignment.row

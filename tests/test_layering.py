@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "generation": MODELS | {"core", "sizing"},
     "pooling": BASE | {"outputs", "sampling"},
     "responses": STORAGE | {"outputs", "pooling", "sampling", "scheduling"},
-    "seating": BASE | {"core", "models", "responses", "sampling", "scheduling"},
+    "seating": STORAGE | {"core", "models", "responses", "sampling", "scheduling"},
     "prompt_work": STORAGE | {"models", "pooling", "responses", "sampling", "seating"},
     "poisoning": BASE | {"core", "storage"},
     "outbox": BASE | {"outputs", "prompt_work", "responses", "sampling", "scheduling", "seating"},
