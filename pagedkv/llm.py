@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import le
 from types import TracebackType
-from typing import Literal, Protocol, Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pagedkv.attention import AttentionBackend
 from pagedkv.checks import flag, integer, number, shown
+from pagedkv.conversations import Message, as_conversations
 from pagedkv.core import CheckLevel
 from pagedkv.engine import Engine
 from pagedkv.engine_config import EngineConfig
@@ -34,24 +35,14 @@ from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
 from pagedkv.sizing import blocks_for_work, blocks_needed, fit_in_memory, pool_groups
+from pagedkv.streamers import Streamer, StreamerFeed
 from pagedkv.usage import EngineStatistics
 
-Message = Mapping[str, object]
 _POLICIES: Mapping[str, Callable[[], SchedulingPolicy]] = {
     "fcfs": FirstComeFirstServed,
     "priority": Priority,
     "longest_prefix": LongestCachedPrefix,
 }
-
-
-class Streamer(Protocol):
-    """transformers' streamer protocol, ``TextStreamer`` for one."""
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take token ids: first the prompt's, then the output's."""
-
-    def end(self) -> None:
-        """The output is complete."""
 
 
 class LLM:
@@ -196,11 +187,10 @@ class LLM:
         """
         work = self._work(prompts, sampling_params)
         flag("use_tqdm", use_tqdm, error=InvalidRequestError)
-        if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
-            raise InvalidRequestError(f"streamer is {shown(streamer)}: it needs put() and end(), as transformers' TextStreamer has")
-        if streamer is not None and (len(work) != 1 or work[0][1].n != 1):
+        feed = None if streamer is None else StreamerFeed(streamer)
+        if feed is not None and (len(work) != 1 or work[0][1].n != 1):
             raise InvalidRequestError(f"a streamer takes one prompt with n=1, got {len(work)} prompts")
-        return self._finished(work, use_tqdm=use_tqdm, streamer=streamer)
+        return self._finished(work, use_tqdm=use_tqdm, feed=feed)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -239,7 +229,7 @@ class LLM:
         if chat_template is None and self._tokenizer.chat_template is None:
             raise InvalidRequestError("the tokenizer has no chat template: give chat_template")
         prompts: list[Prompt] = []
-        for conversation in _conversations(messages):
+        for conversation in as_conversations(messages):
             ids = self._tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", list(conversation)),  # typed there for text alone; templates take more
                 chat_template=chat_template,
@@ -365,17 +355,16 @@ class LLM:
         work: list[tuple[ParsedPrompt, SamplingParams]],
         *,
         use_tqdm: bool,
-        streamer: Streamer | None = None,
+        feed: StreamerFeed | None = None,
         pooling: PoolingParams | None = None,
     ) -> list[RequestOutput]:
         """Do the work to its end, with a progress bar; its outputs in its order."""
         results: dict[str, RequestOutput] = {}
-        outputs = self._run(work, stream=streamer is not None, pooling=pooling)
-        feed = _StreamerFeed(streamer) if streamer is not None else None
+        outputs = self._run(work, stream=feed is not None, pooling=pooling)
         with tqdm(total=len(work), disable=not use_tqdm or None, desc="prompts", unit="prompt", dynamic_ncols=True) as bar:
             progress = _Progress(bar, self)
             for output in outputs:
-                if feed is not None:
+                if feed is not None and output is not None:
                     feed.take(output)
                 if output is not None and output.finished:
                     results[output.request_id] = output
@@ -420,51 +409,6 @@ class LLM:
 
     def _forget(self, mine: dict[str, None], request_id: str) -> None:
         del mine[request_id], self._inboxes[request_id]
-
-
-def _conversations(messages: object) -> list[Sequence[Message]]:
-    """One conversation or several, as a list of several, each of them of messages with a role and a content."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise InvalidRequestError(
-            f"messages is {shown(messages)}: it must be a list of dicts with role and content, or a list of such lists"
-        )
-    several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-    for conversation in several:
-        if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes):
-            raise InvalidRequestError(f"a conversation is {shown(conversation)}: it must be a list of dicts with role and content")
-        if not conversation:
-            raise InvalidRequestError("a conversation is empty: it needs at least one message")
-        for message in conversation:
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise InvalidRequestError(f"a message is {shown(message)}: it must be a dict with role and content")
-            content = message.get("content")
-            parts = content if isinstance(content, Sequence) and not isinstance(content, str | bytes) else []
-            media = [part["type"] for part in parts if isinstance(part, Mapping) and part.get("type", "text") != "text"]
-            if media:  # a template would leave a mark in its place, and the model would answer to that
-                raise InvalidRequestError(f"a message has content of type {media[0]!r}: only text is served, no images, audio or video")
-    return several
-
-
-class _StreamerFeed:
-    """Passes one request's tokens on to a transformers streamer."""
-
-    def __init__(self, streamer: Streamer) -> None:
-        self._streamer = streamer
-        self._sent: int | None = None
-
-    def take(self, output: RequestOutput | None) -> None:
-        if output is None:
-            return
-        if self._sent is None:
-            begins = output.prompt_token_ids if output.decoder_prompt_token_ids is None else output.decoder_prompt_token_ids
-            self._streamer.put(torch.tensor(begins))
-            self._sent = 0
-        tokens = output.outputs[0].token_ids
-        for token in tokens[self._sent :]:
-            self._streamer.put(torch.tensor([token]))
-        self._sent = len(tokens)
-        if output.finished:
-            self._streamer.end()
 
 
 class _Progress:
