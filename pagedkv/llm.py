@@ -1,6 +1,6 @@
 """The friendly face: a model, prompts in, texts out, in vLLM's names.
 
-Owns the engine's life and the size of its pool. All rules are the engine's.
+Owns who waits for which output. All rules are the engine's, whose life and size are its keeper's.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from operator import le
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -19,22 +18,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pagedkv.attention import AttentionBackend
-from pagedkv.checks import flag, integer, number, shown
+from pagedkv.checks import flag, integer, shown
 from pagedkv.conversations import Message, as_conversations
 from pagedkv.core import CheckLevel
 from pagedkv.engine import Engine
 from pagedkv.engine_config import EngineConfig
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError
 from pagedkv.intake import Intake
+from pagedkv.keeper import EngineKeeper, PoolSize
 from pagedkv.lengths import Lengths
 from pagedkv.models import AdaptedModel, ModelRunner, TierName, load_model, load_tokenizer
-from pagedkv.models.memory import free_memory
 from pagedkv.outputs import EmbeddingRequestOutput, RequestOutput
 from pagedkv.pooling import ONLY_PROMPT, PoolingParams
 from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list
 from pagedkv.sampling import SamplingParams
-from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulerConfig, SchedulingPolicy
-from pagedkv.sizing import blocks_for_work, blocks_needed, fit_in_memory, pool_groups
+from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulingPolicy
 from pagedkv.streamers import Streamer, StreamerFeed
 from pagedkv.usage import EngineStatistics
 
@@ -102,41 +100,27 @@ class LLM:
         seed: int = 0,
         check: CheckLevel = "off",
     ) -> None:
-        if num_blocks is not None and kv_cache_memory_bytes is not None:
-            raise ConfigError("num_blocks and kv_cache_memory_bytes were both given: give one")
+        size = PoolSize(num_blocks, kv_cache_memory_bytes, memory_share)
         integer("block_size", block_size, least=1, most=2**31 - 1)  # here and now: what follows costs the loading of a model
-        if kv_cache_memory_bytes is not None:
-            integer("kv_cache_memory_bytes", kv_cache_memory_bytes, least=1)
-        if not 0 < number("memory_share", memory_share, limit="from above 0 to 1") <= 1:
-            raise ConfigError(f"memory_share is {memory_share}: it must be from above 0 to 1")
-        self._limits = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-        self._config = EngineConfig(  # what cannot work is refused before the model is loaded
+        config = EngineConfig(  # what cannot work is refused before the model is loaded
             num_blocks=2 if num_blocks is None else num_blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
-            watermark=self._limits.watermark,
             check=check,
         )
-        self._policy = _policy(scheduling_policy)
-        self._memory_share = memory_share
+        policy = _policy(scheduling_policy)
         loaded = load_model(model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(tokenizer, model=model)
         self._runner = ModelRunner(
             loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse, tier=tier
         )
-        lengths = Lengths(self._runner, max_model_len)
-        self._intake = Intake(self._runner, lengths, self._tokenizer)
-        self._max_model_len = lengths.max_model_len
-        self._groups = pool_groups(self._runner)
-        self._fixed_blocks: int | list[int] | None = num_blocks
-        if kv_cache_memory_bytes is not None:
-            needed = blocks_needed(self._groups, self._limits, block_size=block_size, max_model_len=self._max_model_len)
-            fixed = self._blocks_in(kv_cache_memory_bytes, needed, setting="kv_cache_memory_bytes", num_rows=self._limits.max_running)
-            self._fixed_blocks = fixed
-        self._engine = self._new_engine(self._fixed_blocks) if self._fixed_blocks is not None else None
+        self._lengths = Lengths(self._runner, max_model_len)
+        self._intake = Intake(self._runner, self._lengths, self._tokenizer)
+        make = partial(Engine, self._runner, tokenizer=self._tokenizer, policy=policy)
+        self._keeper = EngineKeeper(make, self._runner, config, size, max_model_len=self._lengths.max_model_len)
         self._num_requests = 0
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._closed = False
@@ -154,9 +138,10 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """The engine of the latest work; raises ``ConfigError`` before the first work where the pool is sized to it."""
-        if self._engine is None:
+        engine = self._keeper.engine
+        if engine is None:
             raise ConfigError("the pool is sized to the work and there was none yet: give num_blocks, or generate first")
-        return self._engine
+        return engine
 
     def statistics(self) -> EngineStatistics:
         """A frozen account of the engine, see ``engine``."""
@@ -272,13 +257,13 @@ class LLM:
 
     def reset_prefix_cache(self) -> int:
         """Make all cached prefixes unfindable; returns how many blocks that were. For when: see ``Engine.reset_prefix_cache``."""
-        return 0 if self._engine is None else self._engine.reset_prefix_cache()
+        engine = self._keeper.engine
+        return 0 if engine is None else engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the pool's memory back and leave the model as it was; may be called again."""
         self._closed = True
-        if self._engine is not None:
-            self._engine.close()
+        self._keeper.close()
         self._runner.close()
 
     def __enter__(self) -> Self:
@@ -288,16 +273,6 @@ class LLM:
         self.close()
 
     # How it is done.
-
-    def _blocks_in(self, nbytes: int, needed: Sequence[int], *, setting: str, num_rows: int) -> list[int]:
-        state = sum(spec.nbytes for spec in self._runner.states) * num_rows
-        return fit_in_memory(nbytes, needed, self._groups, setting=setting, state_nbytes=state)
-
-    def _new_engine(self, num_blocks: int | list[int], *, num_rows: int | None = None) -> Engine:
-        config = replace(self._config, num_blocks=num_blocks)
-        if num_rows is not None and self._runner.states:  # a slot of state each: no more sequences at once than there are
-            config = replace(config, max_num_seqs=num_rows)
-        return Engine(self._runner, config, tokenizer=self._tokenizer, policy=self._policy)
 
     def _work(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -310,45 +285,17 @@ class LLM:
             raise InvalidRequestError("the list of prompts is empty")
         parsed = [self._intake.parse(prompt) for prompt in several]  # once: what follows takes the token ids
         work = list(zip(parsed, as_params_list(sampling_params, len(several)), strict=True))
-        if self._engine is not None and self._engine.is_broken:
-            self._engine.close()
-            self._engine = None
-        if self._fixed_blocks is None:
-            self._size_pool(work)
-        elif self._engine is None:
-            self._engine = self._new_engine(self._fixed_blocks)
+        engine = self._keeper.prepare(map(self._length, work), in_use=bool(self._inboxes))
         for prompt, wanted in work:
-            self.engine.check_request(prompt, wanted)
+            engine.check_request(prompt, wanted)
         return work
 
-    def _size_pool(self, work: list[tuple[ParsedPrompt, SamplingParams]]) -> None:
-        """Make the pools, and slots for recurrent state, as many as this work can use, unless they are already, or are in use.
-
-        A larger pool is a new one: what the old one had cached is gone.
-        """
-        lengths = []
-        for prompt, params in work:
-            tokens = prompt.num_tokens + (self._max_model_len if params.max_tokens is None else params.max_tokens)
-            lengths.append((min(tokens, self._max_model_len), params.n))
-        wanted = blocks_for_work(lengths, self._groups, self._limits, block_size=self._runner.block_size)
-        rows, have_rows = min(sum(count for _, count in lengths), self._limits.max_running) if self._runner.states else 0, 0
-        held, have = 0, [0] * len(wanted)
-        if self._engine is not None:
-            have_rows = self._engine.config.max_num_seqs if self._runner.states else 0
-            rows = max(rows, have_rows)
-            now = self._engine.statistics()
-            held, have = now.pool_nbytes + now.state_nbytes, [group.num_blocks + 1 for group in now.cache.groups]
-            wanted = list(map(max, wanted, have))
-            if (wanted == have and rows == have_rows) or self._inboxes or now.num_running or now.num_waiting:
-                return
-        share = int((free_memory(self._runner.device) + held) * self._memory_share)
-        blocks = self._blocks_in(share, wanted, setting=f"memory_share={self._memory_share} of free memory", num_rows=rows)
-        if all(map(le, blocks, have)) and rows == have_rows:
-            return
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None  # should the larger pool be refused, the next work starts afresh
-        self._engine = self._new_engine(blocks, num_rows=rows)
+    def _length(self, work: tuple[ParsedPrompt, SamplingParams]) -> tuple[int, int]:
+        """Tokens that a prompt has with its output at most, and how many sequences come of it."""
+        prompt, params = work
+        longest = self._lengths.max_model_len
+        tokens = prompt.num_tokens + (longest if params.max_tokens is None else params.max_tokens)
+        return min(tokens, longest), params.n
 
     def _finished(
         self,

@@ -18,7 +18,7 @@ STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
 ABOVE = {"outputs", "prompts", "lengths", "namespaces", "intake", "responses", "pooling", "prompt_work", "seating", "outbox", "usage"}
-ABOVE |= {"sizing", "poisoning", "engine_config", "engine", "conversations", "streamers", "llm"}
+ABOVE |= {"sizing", "poisoning", "engine_config", "engine", "keeper", "conversations", "streamers", "llm"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -48,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "intake": BASE | {"lengths", "models", "namespaces", "prompts", "sampling", "scheduling"},
     "usage": STORAGE | {"core", "scheduling"},
     "engine_config": CORE | {"scheduling"},
-    "engine": TOP - {"engine", "llm"},
+    "engine": TOP - {"engine", "keeper", "llm"},
+    "keeper": {"checks", "engine", "engine_config", "errors", "models", "sizing"},
     "conversations": {"checks", "errors"},
     "streamers": BASE | {"outputs"},
     "llm": TOP - {"llm"},
