@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ class Case:
         with pytest.raises(self.error) as caught:
             self.call(subject)
         assert type(caught.value) is self.error, f"{type(caught.value).__name__}: {caught.value}"
-        assert self.words in str(caught.value), f"{self.words!r} is not in: {caught.value}"
+        # As whole words: a setting is not named by another whose name contains its own.
+        begin, end = (r"\b" if self.words[place].isalnum() else "" for place in (0, -1))
+        assert re.search(begin + re.escape(self.words) + end, str(caught.value)), f"{self.words!r} is not in: {caught.value}"
 
 
 class Unprintable:

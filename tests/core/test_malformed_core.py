@@ -68,6 +68,12 @@ SETTINGS = table(
     ("pool of text", ConfigError, "num_blocks is '4'", lambda _: BlockPool("4")),  # type: ignore[arg-type]
     ("pool beyond int32", ConfigError, "num_blocks is 2147483648", lambda _: BlockPool(2**31)),
     ("cache beyond int32", ConfigError, "num_blocks is 2147483648", lambda _: PrefixCache(2**31, block_size=2)),
+    (
+        "cache of blocks beyond int32",
+        ConfigError,
+        "block_size is 2147483648: it must be at most",
+        lambda _: PrefixCache(4, block_size=2**31),
+    ),
     ("cache of block_size 0", ConfigError, "block_size is 0", lambda _: PrefixCache(4, block_size=0)),
     ("table of 0 rows", ConfigError, "max_num_seqs is 0", lambda _: SequenceTable(0, num_groups=1, block_size=2, max_blocks=2)),
     ("table of text rows", ConfigError, "max_num_seqs is 'a'", lambda _: SequenceTable("a", num_groups=1, block_size=2, max_blocks=2)),  # type: ignore[arg-type]
@@ -78,6 +84,7 @@ SETTINGS = table(
         lambda _: SequenceTable(2**62, num_groups=1, block_size=2, max_blocks=2),
     ),
     ("table of 0 groups", ConfigError, "num_groups is 0", lambda _: SequenceTable(2, num_groups=0, block_size=2, max_blocks=2)),
+    ("table of empty blocks", ConfigError, "block_size is 0", lambda _: SequenceTable(2, num_groups=1, block_size=0, max_blocks=2)),
     ("table of half a block", ConfigError, "max_blocks is 0.5", lambda _: SequenceTable(2, num_groups=1, block_size=2, max_blocks=0.5)),  # type: ignore[arg-type]
 )
 
@@ -269,6 +276,7 @@ BLOCK_IDS: list[tuple[str, object, type[Exception], str]] = [
     ("bools", [True], InvalidRequestError, "block ids must be a flat list"),
     ("texts", ["a"], InvalidRequestError, "block ids must be a flat list"),
     ("vast ids", [2**40], InvalidRequestError, "32-bit"),
+    ("what is a block's id in its lowest 32 bits", [1 - 2**32], InvalidRequestError, "32-bit"),
     ("None", None, InvalidRequestError, "block ids must be a flat list"),
 ]
 ON_BLOCKS = ("acquire", "release", "forget_cached", "is_cached", "is_shared")

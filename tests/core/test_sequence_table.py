@@ -21,6 +21,20 @@ def test_table_fresh_is_empty() -> None:
     assert table.token_ids.shape == (4, 64)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 256])
+def test_table_holds_the_types_it_promises_also_when_it_has_grown(num_tokens: int) -> None:
+    table = make_table()
+    table.ensure_columns(num_tokens)
+    for numbers in (table.block_tables, table.token_ids, *table.flat_block_tables, table.flat_token_ids, table.token_blocks):
+        assert numbers.dtype == np.int32
+    for column in (table.num_tokens, table.num_reserved, table.num_computed, table.num_blocks, table.num_published, table.roots):
+        assert column.dtype == np.int32
+    assert (table.tail_shared.dtype, table.copy_pending.dtype) == (np.bool_, np.bool_)
+    rows, handles = table.open_rows(2)
+    for taken in (rows, handles, table.rows_of(handles), table.live_rows):
+        assert taken.dtype == np.int64
+
+
 def test_open_rows_gives_lowest_rows_and_distinct_handles() -> None:
     table = make_table()
     rows, handles = table.open_rows(3)

@@ -251,7 +251,7 @@ def test_window_cache_refuses_to_forget_what_it_does_not_find() -> None:
     cache = WindowCache(4, num_leading=8)
     assert cache.publish([5, 5, 6], [1, 2, 3]) == [1, 1, 3]
     for wrong in (ids(2), ids(1, 1)):
-        with pytest.raises(InvariantError, match="only a published block can be removed"):
+        with pytest.raises(InvariantError, match=r"^window cache: only a published block can be removed, and only once$"):
             cache.remove(wrong)
     cache.remove(ids(1))
     assert (len(cache), cache.find_all([5, 6]), cache.published(), cache.leading()) == (1, [0, 3], {3}, {6})

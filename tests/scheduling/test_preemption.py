@@ -160,6 +160,21 @@ def test_preemptions_used_up_let_a_request_wait_until_all_are_sure_to_fit() -> N
     assert only_branch(late).finish_reason == "length"
 
 
+def test_preemptions_used_up_by_one_that_runs_let_another_wait_until_all_are_sure_to_fit() -> None:
+    scheduler = make_scheduler(8, max_num_seqs=4, max_preemptions=1)
+    submit(scheduler, "a", 4, 8)
+    submit(scheduler, "b", 4, 8)
+    step(scheduler)
+    assert scheduler.preempt("b")
+    step(scheduler)
+    assert scheduler.num_running == 2
+    late = submit(scheduler, "c", 4, 8)
+    step(scheduler)
+    assert wait_reasons(late) == [WaitReason.RESERVED]
+    run(scheduler)
+    assert scheduler.num_preemptions == 1
+
+
 def test_preemptions_of_zero_admit_only_what_is_sure_to_fit() -> None:
     scheduler = make_scheduler(9, max_num_seqs=4, max_preemptions=0)
     submit(scheduler, "a", 4, 13)

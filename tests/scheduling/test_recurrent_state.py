@@ -27,7 +27,8 @@ def pieces(plans: list[StepPlan], row: int) -> list[tuple[int, int]]:
 
 def test_scheduler_with_state_refuses_a_manager_that_caches_prefixes() -> None:
     manager = KVCacheManager(num_blocks=9, block_size=4)
-    with pytest.raises(ConfigError, match="recurrent_state"):
+    message = "recurrent_state: what a prefix leaves behind is not in its blocks, so the manager must not cache prefixes"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
         Scheduler(manager, SchedulerConfig(recurrent_state="chunked"))
 
 

@@ -8,7 +8,7 @@ from scheduling_helpers import complete, events, make_scheduler, only_branch, pl
 
 from pagedkv.core import KVCacheManager
 from pagedkv.errors import InvalidRequestError, InvariantError, PagedKVError, StepError
-from pagedkv.scheduling import EventKind, Scheduler, SchedulerConfig, Status
+from pagedkv.scheduling import EventKind, Scheduler, SchedulerConfig, Status, WaitReason
 
 
 def ended(scheduler: Scheduler) -> list[tuple[str, int, str | None]]:
@@ -354,3 +354,45 @@ def test_scheduler_with_its_defaults_serves() -> None:
     assert record.finished_time is not None
     assert record.first_scheduled_time is not None
     assert record.finished_time >= record.first_scheduled_time >= record.arrival_time
+
+
+FIGURES = {
+    EventKind.SUBMITTED: {"num_prompt_tokens": int, "max_tokens": int},
+    EventKind.ADMITTED: {"index": int, "num_cached_tokens": int},
+    EventKind.FORKED: {"n": int},
+    EventKind.PREEMPTED: {"index": int, "freed_blocks": int},
+    EventKind.UNDONE: {},
+    EventKind.FINISHED: {"index": int, "finish_reason": str},
+    WaitReason.SEQUENCES: {"reason": WaitReason, "running": int},
+    WaitReason.BLOCKS: {"reason": WaitReason, "needed": int, "available": int},
+    WaitReason.RESERVED: {"reason": WaitReason, "needed": int, "available": int},
+    WaitReason.PREFIX: {"reason": WaitReason, "num_tokens": int, "shared_with": str},
+    WaitReason.PREEMPTION: {"reason": WaitReason},
+    WaitReason.TOKENS: {"reason": WaitReason, "budget": int},
+}
+
+
+def test_events_are_dated_by_their_step_and_hold_their_figures() -> None:
+    seen: set[object] = set()
+    for state, max_preemptions in (("none", 3), ("none", 0), ("whole", 3)):
+        scheduler = make_scheduler(
+            13, max_num_seqs=4, max_num_batched_tokens=9, max_preemptions=max_preemptions, recurrent_state=state, caching=state == "none"
+        )
+        records = [submit(scheduler, f"r{number}", [1, 2, 3, 4, 5, number // 2], 12, n=1 + number % 2) for number in range(8)]
+        while scheduler.has_unfinished:
+            before = [len(record.events) for record in records]
+            plan = plan_of(scheduler)
+            planned = [len(record.events) for record in records]
+            if plan.step % 5 == 4:
+                scheduler.undo(plan)
+            else:
+                complete(scheduler, plan)
+            for record, begin, end in zip(records, before, planned, strict=True):
+                assert {event.step for event in record.events[begin:end]} <= {plan.step}
+                assert all(event.step == plan.step + (event.kind is not EventKind.UNDONE) for event in record.events[end:])
+        for event in (event for record in records for event in record.events):
+            what = event.detail["reason"] if event.kind is EventKind.WAITING else event.kind
+            figures = {name: type(value) for name, value in event.detail.items() if name not in ("miss", "computed_one_by_one")}
+            assert figures == FIGURES[what], str(event)
+            seen.add(what)
+    assert seen == FIGURES.keys()

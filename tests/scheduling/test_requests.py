@@ -64,13 +64,13 @@ def test_request_number_that_cannot_be_is_refused(options: dict[str, object], me
 @pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_preemptions", "num_ended_kept"])
 @pytest.mark.parametrize("value", [-1, 1.5, float("nan"), float("inf")])
 def test_config_number_that_cannot_be_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+    with pytest.raises(ConfigError, match=f"^{name} is {value}: it must be"):
         SchedulerConfig(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("watermark", [-0.1, 1.0, float("nan"), float("inf")])
 def test_config_watermark_that_cannot_be_is_refused(watermark: float) -> None:
-    with pytest.raises(ConfigError, match="watermark"):
+    with pytest.raises(ConfigError, match=f"^watermark is {watermark}: it must be from 0 to below 1$"):
         SchedulerConfig(watermark=watermark)
 
 
@@ -174,6 +174,15 @@ def test_running_set_row_without_a_branch_is_refused() -> None:
     table = SequenceTable(2, num_groups=1, block_size=4, max_blocks=4)
     with pytest.raises(LookupError, match="row 1 has no running branch"):
         RunningSet(table).branch(1)
+
+
+def test_running_set_holds_the_types_it_promises() -> None:
+    running = RunningSet(SequenceTable(2, num_groups=1, block_size=4, max_blocks=4))
+    for numbers in (running.ones, running.numbers, running.hold, running.limits, running.minimums):
+        assert numbers.dtype == np.int32
+    for numbers in (running.long_numbers, running.rows, running.seqs):
+        assert numbers.dtype == np.int64
+    assert running.prompt_logits.dtype == np.bool_
 
 
 def test_running_set_worst_case_counts_a_copy_for_each_last_block_that_may_be_shared() -> None:

@@ -96,9 +96,13 @@ def test_plan_with_wanted_prompt_logits_lists_every_position_and_samples_from_th
 
 
 def test_plan_arrays_have_the_types_that_are_promised() -> None:
-    scheduler = make_scheduler()
-    submit(scheduler, "a", 5)
-    for plan in (step(scheduler), step(scheduler)):
+    scheduler = make_scheduler([33, 33], max_num_batched_tokens=6)
+    submit(scheduler, "a", 10, 6, n=2)
+    submit(scheduler, "b", 5, 6, wants_prompt_logits=True)
+    plans = run(scheduler)
+    kinds = {(plan.num_decodes > 0, plan.num_seqs > plan.num_decodes, len(plan.copies[0])) for plan in plans}
+    assert kinds >= {(False, True, 0), (True, True, 1), (True, False, 0)}  # prefills alone, a mixture in which a fork copies, decodes alone
+    for plan in plans:
         for name in ("token_ids", "positions", "query_lens", "seq_lens", "cu_seqlens_q", "block_tables"):
             assert getattr(plan, name).dtype == np.int32, name
         for name in ("seqs", "rows", "slot_mapping", "logits_indices", "sampling_seqs", "sampling_logits"):
