@@ -48,11 +48,11 @@ class RecentTokens:
         """The sequences are gone."""
         self.seqs = self.seqs[:0]
 
-    def complete_lengths(self, seqs: Int64Array, lengths: Int64Array) -> Int64Array:
-        """``[U]`` int64 complete tokens of each of a batch's sequences of these lengths."""
+    def allow(self, seqs: Int64Array, lengths: Int64Array, shorter: Int64Array) -> bool:
+        """Whether a batch's sequences ``[U]`` of these lengths can all become so much shorter, now that some tokens are not complete."""
         complete, open_seqs = lengths.copy(), seqs.nonzero()[0]
         complete[open_seqs] = self._manager.table.num_computed[self._manager.rows_of(seqs[open_seqs])]
-        return complete
+        return bool(self.can_cut(complete, shorter).all())
 
     def can_cut(self, lengths: Int64Array, shorter: Int64Array) -> BoolArray:
         """``[U]`` bool which sequences of so many complete tokens can be cut: no window needs a block again that was given back."""
@@ -65,7 +65,19 @@ class RecentTokens:
         possible |= shorter == 0  # which are released
         return possible
 
-    def cut(self, seqs: Int64Array, lengths: Int64Array) -> None:
+    def take_back(self, seqs: Int64Array, lengths: Int64Array, shorter: Int64Array) -> Int64Array:
+        """Cut sequences that could not be cut any more once their tokens are complete, where ``allow`` allows it.
+
+        Returns:
+            ``[U]`` int64 lengths after that; those of other sequences are as before, for the manager to cut.
+        """
+        if self.can_cut(lengths, shorter).all():
+            return lengths
+        recent = np.isin(seqs, self.seqs) & (shorter > 0) & (shorter < lengths)
+        self._cut(seqs[recent], shorter[recent])
+        return np.where(recent, shorter, lengths)
+
+    def _cut(self, seqs: Int64Array, lengths: Int64Array) -> None:
         """Cut some of these sequences to ``[n]`` tokens, at least one each, and complete all.
 
         Cutting gives the blocks of all incomplete tokens back, so those that stay are reserved again, and what is in their blocks moves.

@@ -228,21 +228,18 @@ class Rows:
             raise InvalidRequestError(f"{num_columns} tokens were to be removed: the cache has {self.num_columns}")
         left = self.num_columns - num_columns
         lengths = self._lengths - np.count_nonzero(self._stored[:, left:], axis=1)
-        if not self._recent.can_cut(self._recent.complete_lengths(self._seqs, self._lengths), lengths).all():
+        if not self._recent.allow(self._seqs, self._lengths, lengths):
             raise InvalidRequestError(
                 f"{num_columns} tokens were to be removed: blocks that layers with windows would need again were given back. Call "
                 "activate_past_recording() before the forward whose tokens are removed, or make the pool with windowed_groups=False"
             )
         if self.beside is not None:
             self.beside.crop(num_columns)
-        if not self._recent.can_cut(self._lengths, lengths).all():
-            recent = np.isin(self._seqs, self._recent.seqs) & (lengths > 0) & (lengths < self._lengths)
-            try:
-                self._recent.cut(self._seqs[recent], lengths[recent])
-            except BaseException:
-                self.release()  # whether the blocks hold what they should is not known
-                raise
-            self._lengths = np.where(recent, lengths, self._lengths)
+        try:
+            self._lengths = self._recent.take_back(self._seqs, self._lengths, lengths)
+        except BaseException:
+            self.release()  # whether the blocks hold what they should is not known
+            raise
         self._recent.settle()
         self._cut(lengths)
         self._stored = self._stored[:, :left]
