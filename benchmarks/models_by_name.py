@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pagedkv.models import load_model
+from pagedkv.models import load_model, load_tokenizer
 from pagedkv.models.gguf import converted_folder, is_gguf
 from pagedkv.testing.models import tiny_model
 
@@ -29,6 +29,11 @@ def model_by_name(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 
         model.to(dtype)  # type: ignore[arg-type]  # typed there as for a device
         return model
     return load_model(_smollm2() if name == "smollm2" else name, dtype=dtype)
+
+
+def tokenizer_by_name(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model of ``model_by_name``, if it has one."""
+    return None if name == "tiny" else load_tokenizer(model=_smollm2() if name == "smollm2" else name)
 
 
 def model_files(name: str, *, scratch: Path, seed: int = 0) -> tuple[Path, Path | None]:

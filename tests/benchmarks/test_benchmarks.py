@@ -223,3 +223,28 @@ def test_isolated_calls_that_hang_or_die_are_lost_and_the_others_answer(tmp_path
     script.write_text("\n".join(lines))
     done = subprocess.run([sys.executable, str(script), str(FOLDER)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_step_profile_quick_run_splits_steps_of_both_precisions_into_kinds_of_work(tmp_path: Path) -> None:
+    figures = run("step_profile.py", tmp_path, "--model", "tiny", "--threads", "1")["figures"]
+    for dtype in ("float32", "bfloat16"):
+        for situation in ("1 running", "4 running", "prefill of 32"):
+            for kind in ("planning", "linear layers", "attention", "head", "sampling", "completing", "outputs"):
+                assert figures[f"{dtype}, {situation}, {kind}, s"]["median"] > 0
+            need(figures, f"{dtype}, {situation}, whole step, s", f"{dtype}, {situation}, the same without clocks, s")
+
+
+@pytest.mark.slow
+def test_token_budget_quick_run_measures_waits_and_throughput_of_each_budget(tmp_path: Path) -> None:
+    figures = run("token_budget.py", tmp_path, "--model", "tiny", "--threads", "1")["figures"]
+    for budget in (32, 64):
+        need(
+            figures,
+            f"budget {budget}, ms of a step before",
+            f"budget {budget}, ms of the longest wait",
+            f"budget {budget}, B, new tokens/s",
+        )
+        assert (
+            figures[f"budget {budget}, s to its first token"]["median"] * 1e3
+            > figures[f"budget {budget}, ms of the longest wait"]["median"]
+        )
