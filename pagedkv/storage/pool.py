@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pagedkv.checks import integer, shown
 from pagedkv.errors import ConfigError, InvalidRequestError
+from pagedkv.storage.memory import zeros
 from pagedkv.storage.spec import LayerSpec
 
 
@@ -65,7 +66,7 @@ class LayerPool:
         self.device = device
         heads, key_row, value_row = spec.num_kv_heads, block_size * spec.key_dim, block_size * spec.value_dim
         with torch.inference_mode(False):  # else a pool made in inference mode could not be written outside of it
-            self._buffer = torch.zeros(num_blocks, heads * (key_row + value_row), dtype=dtype, device=device)
+            self._buffer = zeros(num_blocks, heads * (key_row + value_row), dtype=dtype, device=device)
         if key_row == value_row:
             rows = self._buffer.view(num_blocks * 2 * heads, key_row)
             self.rows_per_block = 2 * heads

@@ -121,17 +121,33 @@ def test_attend_long_chunks_in_bfloat16_match_dense_attention(
     torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-2, atol=3e-3)
 
 
+# Heads, group, widths of K and V: one item reads one of these heads, several or all, by the size of a block and of the group.
+MANY_HEADS = [(11, 3, 40, 72), (11, 3, 64, 96), (3, 8, 96, 32), (17, 1, 32, 64), (2, 9, 32, 32)]
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 64])
+@pytest.mark.parametrize("sizes", MANY_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("build", RUNNABLE)
-def test_attend_decodes_of_many_heads_match_dense_attention(build: str, dtype: torch.dtype, block_size: int) -> None:
+def test_attend_decodes_of_many_heads_match_dense_attention(
+    build: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], block_size: int
+) -> None:
     generator = torch.Generator().manual_seed(block_size)
-    geometry = Geometry(11, 3, 40, 72, block_size, dtype)  # one item reads one of these heads, several or all, by the size of a block
+    geometry = Geometry(*sizes, block_size, dtype)
     case = make_case(geometry, [1, 1, 1], seq_lens=[600, 33, 1], generator=generator)
     options = Variant(Mask.sliding(400), sinks=True, alibi=True).options(geometry, generator, torch.device("cpu"))
     tolerance = TOLERANCE[dtype] / 3
     actual = case.attend(CpuBackend(build=build, num_threads=2), options).double()
     torch.testing.assert_close(actual, dense_attention(case, options), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("build", RUNNABLE)
+def test_attend_decodes_in_bfloat16_round_nothing_but_the_result(build: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    case = make_case(Geometry(3, 4, 64, 64, 16, torch.bfloat16), [1, 1], seq_lens=[700, 90], generator=generator)
+    options = AttendOptions(Mask.causal(), 0.125)
+    actual = case.attend(CpuBackend(build=build), options).double()
+    torch.testing.assert_close(actual, dense_attention(case, options), rtol=2**-8, atol=2e-5)
 
 
 @pytest.mark.parametrize("build", RUNNABLE)
@@ -204,17 +220,18 @@ def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(mask: Mas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [Mask.causal(), Mask.sliding(21)], ids=str)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_attend_poison_in_slots_that_nobody_sees_changes_no_bit(poison: float, dtype: torch.dtype) -> None:
+def test_attend_poison_in_slots_that_nobody_sees_changes_no_bit(poison: float, mask: Mask, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(9)
     query_lens, seq_lens = random_lengths(generator, decodes=6, chunks=3, longest=100)
     case = make_case(Geometry(2, 3, 32, 32, 16, dtype), query_lens, seq_lens=seq_lens, generator=generator)
-    backend, options = CpuBackend(), AttendOptions(Mask.causal(), 0.2)
+    backend, options = CpuBackend(), AttendOptions(mask, 0.2)
     expected = case.attend(backend, options)
     pool = case.storage.layers[0]
     used = torch.zeros(pool.num_blocks * 16, dtype=torch.bool)
-    for row, length in enumerate(seq_lens):
-        positions = torch.arange(length)
+    for row, (queries, length) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        positions = torch.arange(mask.first_visible(length - queries), length)
         used[torch.from_numpy(case.batch.plan.block_tables[0, row]).long()[positions // 16] * 16 + positions % 16] = True
     for block, offset in (~used).nonzero().squeeze(1).unsqueeze(1).expand(-1, 2).tolist():
         pool.key[block // 16, :, offset % 16] = poison

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,23 @@ def test_pool_views_have_the_documented_shapes_and_share_one_buffer() -> None:
         assert pool.key.untyped_storage().data_ptr() == pool.value.untyped_storage().data_ptr()
         assert pool.key.untyped_storage().nbytes() == pool.nbytes
     assert storage.nbytes == sum(pool.nbytes for pool in storage.layers) == 8 * 4 * 4 * (2 * 16 + 3 * 16)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages to ask for")
+def test_pool_of_many_blocks_asks_for_large_pages() -> None:
+    storage = make_storage(num_blocks=20_000)
+    for pool in storage.layers:
+        middle, flags = pool.key.data_ptr() + pool.nbytes // 2, ""
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            place = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+            if place:
+                inside = int(place[1], 16) <= middle < int(place[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                flags = line
+        assert "hg" in flags.split(), flags
+        assert not pool.key.any()
+        assert not pool.value.any()
 
 
 def test_pool_rows_are_one_head_of_one_block() -> None:

@@ -50,7 +50,7 @@ void run_item(const Step& step, const Item& item, float* scratch, float* partial
   const size_t head = partial_floats(step, tile_rows(step));
   float* place = item.partial < 0 ? scratch : partials + partial_floats(step, partial_rows) * item.partial;
   const Sums sums = sums_at(step, place, item.num_rows);
-  if (item.heads) attend_rows<T>(step, item, scratch + head, sums);
+  if (item.heads) attend_few<T>(step, item, scratch + head, sums);
   else attend_many<T>(step, item, scratch + head, sums);
   if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, item.heads, sums);
 }
@@ -75,7 +75,7 @@ void run_merge(const Step& step, const Merge& merge, float* partials, int64_t pa
 }
 
 size_t thread_floats(const Step& step) {
-  const size_t rows = row_scratch(step) / sizeof(float) + 1;
+  const size_t rows = decode_scratch(step) / sizeof(float) + 1;
   return (partial_floats(step, tile_rows(step)) + std::max(rows, tile_floats(step)) + 64) / 16 * 16;
 }
 

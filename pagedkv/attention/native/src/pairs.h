@@ -39,13 +39,13 @@ INLINE void transpose16(__m512i* x) {
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 
-// While it lives, all eight tiles are 16 rows of 64 bytes.
+// While it lives, all eight tiles are of 64 bytes a row: the first five of ``rows`` rows, the others of 16.
 struct Tiles {
-  Tiles() {
+  explicit Tiles(int rows = 16) {
     alignas(64) uint8_t config[64] = {1};
     for (int tile = 0; tile < 8; tile++) {
       config[16 + 2 * tile] = 64;
-      config[48 + tile] = 16;
+      config[48 + tile] = tile < 5 ? rows : 16;
     }
     __asm__ volatile("" : : "r"(config) : "memory");  // GCC takes no more than eight bytes to be read
     _tile_loadconfig(config);

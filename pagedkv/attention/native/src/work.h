@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "pair_tiles.h"
+#include "pair_rows.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -51,7 +51,7 @@ static void cut_sequence(WorkList& work, const Step& step, int seq) {
   if (queries < 1) return;
   const bool tiled = queries > 1 || step.group() > MOST_ROWS || step.batch_invariant;
   if (!tiled) {
-    const int at_once = heads_at_once(step);
+    const int at_once = decode_heads(step);
     for (int head = 0; head < step.num_kv_heads; head += at_once) {
       const int heads = std::min(at_once, step.num_kv_heads - head);
       cut_positions(work, {seq, head, 0, heads * step.group(), step.first_visible(length - 1), length, -1, heads}, PART);
