@@ -91,10 +91,10 @@ def test_cohort_with_a_token_out_of_range_is_refused_and_changes_nothing() -> No
     twins.steps(3, 3, 4, 5, 6)
     twins.extend()
     for manager, seqs in twins.arguments:
+        with pytest.raises(InvalidRequestError, match=r"^next_token_ids: expected 4 integers, one for each sequence, got 3$"):
+            manager.complete(seqs, [3, 5, 6])
         with pytest.raises(InvalidRequestError, match="token id -2 is below 0"):
             manager.complete(seqs, [3, -2, 5, 6])
-        with pytest.raises(InvalidRequestError, match="expected 4 integers"):
-            manager.complete(seqs, [3, 5, 6])
     twins.compare()
     twins.complete(3, 4, 5, 6)
     twins.steps(4, 3, 4, 5, 6)
@@ -230,5 +230,5 @@ def test_cohort_of_a_manager_that_was_stopped_in_the_middle_is_refused_as_well(c
     with pytest.raises(RuntimeError, match="not today"):
         manager.pin([1, 2, 3, 4]) if command == "pin" else manager.unpin(pin)
     for refused in (lambda: manager.complete(frozen, [8]), manager.check):
-        with pytest.raises(InvariantError, match="was stopped in the middle of a command"):
+        with pytest.raises(InvariantError, match=r"^the manager was stopped in the middle .* cannot be trusted, make a new one$"):
             refused()

@@ -140,10 +140,18 @@ def test_broken_invariant_is_the_one_that_is_named(number: int) -> None:
         manager.check()
 
 
-def test_table_that_names_the_first_id_behind_the_pool_is_named() -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cell(0, 1, 17), "manager: tables name the blocks 1 to 17, the pool ends with 16"),
+        (pool(lambda pool: pool._free.__setitem__(0, 17)), "block pool: the null block is in the free list, or one of no pool"),
+    ],
+    ids=["table", "free list"],
+)
+def test_first_id_behind_the_pool_is_named(damage: Callable[[KVCacheManager], object], message: str) -> None:
     manager = scene()
-    cell(0, 1, 17)(manager)
-    with pytest.raises(InvariantError, match=r"^manager: tables name the blocks 1 to 17, the pool ends with 16$"):
+    damage(manager)
+    with pytest.raises(InvariantError, match=f"^{message}$"):
         manager.check()
 
 

@@ -46,6 +46,12 @@ SETTINGS = table(
     ("block_size beyond int32", ConfigError, "block_size is 2147483648", lambda _: make(block_size=2**31)),
     ("max_num_seqs 0", ConfigError, "max_num_seqs is 0", lambda _: make(max_num_seqs=0)),
     ("max_num_seqs float", ConfigError, "max_num_seqs is 3.0", lambda _: make(max_num_seqs=3.0)),
+    (
+        "max_num_seqs beyond int32",
+        ConfigError,
+        f"max_num_seqs is {2**62}: it must be at most 2147483647",
+        lambda _: make(max_num_seqs=2**62),
+    ),
     ("max_num_seqs None", ConfigError, "max_num_seqs is None", lambda _: make(max_num_seqs=None)),
     ("max_seq_len 0", ConfigError, "max_seq_len is 0", lambda _: make(max_seq_len=0)),
     ("max_seq_len text", ConfigError, "max_seq_len is 'long'", lambda _: make(max_seq_len="long")),
@@ -71,7 +77,7 @@ SETTINGS = table(
     (
         "cache of blocks beyond int32",
         ConfigError,
-        "block_size is 2147483648: it must be at most",
+        "block_size is 2147483648: it must be at most 2147483647",
         lambda _: PrefixCache(4, block_size=2**31),
     ),
     ("cache of block_size 0", ConfigError, "block_size is 0", lambda _: PrefixCache(4, block_size=0)),

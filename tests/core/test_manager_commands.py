@@ -287,7 +287,7 @@ def test_complete_without_reservation_changes_nothing_but_the_token() -> None:
         ([2**31], "32-bit"),
         ([2**32 + 5], "32-bit"),
         ([-(2**31) - 1], "32-bit"),
-        ([1, 2], "expected 1 integers"),
+        ([1, 2], "^next_token_ids: expected 1 integers, one for each sequence, got 2$"),
         ([0.5], "flat list of integers"),
     ],
 )

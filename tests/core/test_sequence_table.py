@@ -19,6 +19,7 @@ def test_table_fresh_is_empty() -> None:
     assert table.live_rows.tolist() == []
     assert table.block_tables.shape == (2, 4, 16)
     assert table.token_ids.shape == (4, 64)
+    assert (table.some_tail_shared, table.some_copy_pending) == (False, False)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 256])

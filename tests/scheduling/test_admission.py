@@ -432,6 +432,13 @@ def test_fork_of_a_cached_prompt_happens_at_admission() -> None:
     assert plan.num_seqs == 3
 
 
+def test_fork_at_admission_lets_others_start_in_the_same_step() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "a", 1, 2, n=2)
+    submit(scheduler, "b", 3, 2)
+    assert step(scheduler).query_lens.tolist() == [1, 1, 3]
+
+
 def test_fork_at_admission_keeps_to_the_budget() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=4)
     submit(scheduler, "a", 3, 5)

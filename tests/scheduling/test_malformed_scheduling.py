@@ -35,7 +35,7 @@ VALUES = table(
             ("stop_token_ids", "stop_token_ids", ([2], 2)),
             ("stop_token_ids", "stop id", ((-1,), (1.5,), (True,), ("a",))),
             ("n", "n is", (0, 1.5, "a", True)),
-            ("priority", "priority", (1.5, "high", None, True)),
+            ("priority", "priority", (1.5, "high", None, True, 2**63, -(2**63) - 1)),
             ("namespace", "namespace", (5, None, b"a")),
             ("wants_prompt_logits", "wants_prompt_logits", (1, None)),
         )

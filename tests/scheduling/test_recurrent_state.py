@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scheduling_helpers import complete, make_scheduler, plan_of, run, step, submit
 
-from pagedkv.core import KVCacheManager
-from pagedkv.errors import ConfigError
+from pagedkv.core import KVCacheManager, Window
+from pagedkv.errors import ConfigError, RequestTooLargeError
 from pagedkv.plan import StepPlan
 from pagedkv.scheduling import EventKind, MissReason, Scheduler, SchedulerConfig, Status, WaitReason
 
@@ -49,6 +49,19 @@ def test_chunked_state_splits_prompts_as_ever() -> None:
     scheduler = make("chunked", max_num_batched_tokens=4)
     submit(scheduler, "a", 10, max_tokens=2)
     assert pieces(run(scheduler), 0) == [(0, 4), (4, 4), (8, 2), (10, 1)]
+
+
+def test_whole_prompts_need_all_their_blocks_at_once_inside_a_window_too() -> None:
+    windows = [None, Window.sliding(4)]
+    for recurrent_state, fits in (("chunked", 17), ("whole", 12)):
+        manager = KVCacheManager(num_blocks=[9, 4], block_size=4, max_num_seqs=2, windows=windows, enable_prefix_caching=False)
+        limits = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=64, recurrent_state=recurrent_state)  # type: ignore[arg-type]
+        scheduler = Scheduler(manager, limits)
+        if fits < 17:
+            with pytest.raises(RequestTooLargeError, match="needs 5 blocks and there can never be more than 3"):
+                submit(scheduler, "a", 17, max_tokens=1)
+        submit(scheduler, "b", fits, max_tokens=1)
+        assert sum(plan.num_tokens for plan in run(scheduler)) == fits
 
 
 def test_whole_prompts_take_turns_and_decodes_come_on_top() -> None:

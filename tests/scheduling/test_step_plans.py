@@ -112,6 +112,18 @@ def test_plan_arrays_have_the_types_that_are_promised() -> None:
             plan.block_tables[0, 0, 0] = 1
 
 
+def test_plan_of_decodes_shows_only_frozen_arrays_since_later_plans_show_them_again() -> None:
+    scheduler = make_scheduler()
+    for request_id in "ab":
+        submit(scheduler, request_id, 3)
+    step(scheduler)
+    step(scheduler)
+    plan = step(scheduler)
+    for name in ("seqs", "token_ids", "query_lens", "cu_seqlens_q", "logits_indices", "sampling_seqs", "sampling_logits"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(plan, name)[0] = 9
+
+
 def test_plan_copies_the_shared_tail_of_a_fork() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "a", [1, 2, 3], n=2)
