@@ -9,7 +9,7 @@ import argparse
 import random
 import statistics
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from common import Report, Spread, arguments, numbers
@@ -18,7 +18,8 @@ from models_by_name import NAMES as MODELS
 from models_by_name import model_by_name
 from workloads import Workload, workload
 
-from pagedkv import Engine, EngineConfig, ModelRunner, SamplingParams
+from pagedkv import Engine, EngineConfig, ModelRunner, SamplingParams, measure_token_budget
+from pagedkv.errors import ConfigError
 
 BUDGETS = (128, 256, 512, 1024, 2048)
 BLOCK_SIZE = 16
@@ -33,11 +34,13 @@ class Arrival:
     Attributes:
         steady: seconds of a step before it came, the median.
         stall: seconds of the longest step until its first token.
+        stall_cpu: processor seconds of the step that took most of them.
         first_token: seconds until its first token.
     """
 
     steady: float
     stall: float
+    stall_cpu: float
     first_token: float
 
 
@@ -50,6 +53,8 @@ def main() -> None:
     facts = f"model {args.model}, {args.dtype}, {torch.get_num_threads()} threads, seed {args.seed}, {args.repeats} rounds"
     report.note(facts + ", quick" * args.quick)
     runner = ModelRunner(model, block_size=BLOCK_SIZE)
+    for limit in args.max_step_s:
+        _choose(report, runner, limit)
     budgets = {str(budget): budget for budget in args.budgets}
     work = workload(args.workload, vocab_size=runner.vocab_size, seed=args.seed, quick=args.quick)
     arrivals: dict[str, list[Arrival]] = {name: [] for name in budgets}
@@ -74,6 +79,21 @@ def main() -> None:
     report.finish()
 
 
+def _choose(report: Report, runner: ModelRunner, limit: float) -> None:
+    """Say which budget is measured for a limit, and what that takes."""
+    began = perf_counter()
+    try:
+        chosen = measure_token_budget(runner, max_step_s=limit)
+    except ConfigError as error:
+        report.note(f"max_step_s={limit}: {error}")
+        return
+    seconds = perf_counter() - began
+    tried = ", ".join(f"{tokens:,}: {1e3 * spent:.0f} ms" for tokens, spent in chosen.steps)
+    report.figure(f"max_step_s {limit}, budget", chosen.max_num_batched_tokens)
+    report.figure(f"max_step_s {limit}, s to measure", seconds)
+    report.note(f"max_step_s={limit}: {chosen.max_num_batched_tokens:,} tokens, measured in {seconds:.1f} s ({tried})")
+
+
 def _options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2", help=MODELS)
@@ -83,12 +103,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the long prompt")
     parser.add_argument("--workload", type=str.upper, default="B", help="of A,B,C,D, for throughput")
     parser.add_argument("--no-throughput", action="store_true", help="waits alone")
+    limits = (0.1, 0.25, 0.5, 1.0)
+    parser.add_argument("--max-step-s", type=_seconds, default=limits, help="limits that a budget is measured for, beside those above")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     args = parser.parse_args()
     if args.quick:
-        args.repeats, args.budgets, args.streams, args.prompt = 1, (32, 64), 2, 128
+        args.repeats, args.budgets, args.streams, args.prompt, args.max_step_s = 1, (32, 64), 2, 128, (60.0,)
     return args
+
+
+def _seconds(text: str) -> tuple[float, ...]:
+    """``0.1,1`` to ``(0.1, 1.0)``."""
+    return tuple(float(word) for word in text.split(","))
 
 
 def _engine(runner: ModelRunner, budget: int, num_tokens: int, num_seqs: int) -> Engine:
@@ -106,22 +133,24 @@ def _arrival(runner: ModelRunner, budget: int, args: argparse.Namespace) -> Arri
         engine.add_request(f"stream {stream}", rng.choices(range(runner.vocab_size), k=STREAM_PROMPT), params)
     while engine.statistics().num_generated_tokens < args.streams:
         engine.step()
-    steady = [_seconds(engine)[0] for _ in range(STEADY_STEPS)]
+    steady = [_step(engine)[0] for _ in range(STEADY_STEPS)]
     engine.add_request("long", rng.choices(range(runner.vocab_size), k=args.prompt), params)
-    steps: list[float] = []
+    seconds: list[float] = []
+    cpu_seconds: list[float] = []
     came = False
     while not came:
-        seconds, came = _seconds(engine)
-        steps.append(seconds)
+        wall, cpu, came = _step(engine)
+        seconds.append(wall)
+        cpu_seconds.append(cpu)
     engine.close()
-    return Arrival(statistics.median(steady), max(steps), sum(steps))
+    return Arrival(statistics.median(steady), max(seconds), max(cpu_seconds), sum(seconds))
 
 
-def _seconds(engine: Engine) -> tuple[float, bool]:
-    """Seconds of one step, and whether it brought a token of the long prompt."""
-    began = perf_counter()
+def _step(engine: Engine) -> tuple[float, float, bool]:
+    """Seconds of one step, by the clock and of the processors, and whether it brought a token of the long prompt."""
+    began, cpu_began = perf_counter(), process_time()
     outputs = engine.step()
-    return perf_counter() - began, any(output.request_id == "long" for output in outputs)
+    return perf_counter() - began, process_time() - cpu_began, any(output.request_id == "long" for output in outputs)
 
 
 def _answer(runner: ModelRunner, budget: int, work: Workload) -> None:
@@ -141,18 +170,21 @@ def _write_arrivals(report: Report, arrivals: dict[str, list[Arrival]], args: ar
         figures = {
             "ms of a step before": Spread.of([each.steady for each in rounds], scale=1e3),
             "ms of the longest wait": Spread.of([each.stall for each in rounds], scale=1e3),
+            "CPU ms of the longest wait": Spread.of([each.stall_cpu for each in rounds], scale=1e3),
             "s to its first token": Spread.of([each.first_token for each in rounds]),
         }
         for what, spread in figures.items():
             report.figure(f"budget {name}, {what}", spread)
         rows.append([name, *figures.values(), *_ratios(arrivals, name)])
-    columns = ["budget", "ms of a step before", "ms of the longest wait", "s to its first token", "wait, ratio", "first token, ratio"]
+    ratios = ["wait, ratio", "CPU of it, ratio", "first token, ratio"]
+    columns = ["budget", "ms of a step before", "ms of the longest wait", "CPU ms of it", "s to its first token", *ratios]
     report.table(f"a prompt of {args.prompt:,} tokens beside {args.streams} streams", columns, rows)
 
 
-def _ratios(arrivals: dict[str, list[Arrival]], name: str) -> tuple[float, float]:
+def _ratios(arrivals: dict[str, list[Arrival]], name: str) -> list[float]:
     pairs = list(zip(arrivals[name], list(arrivals.values())[-1], strict=True))
-    return statistics.median(a.stall / b.stall for a, b in pairs), statistics.median(a.first_token / b.first_token for a, b in pairs)
+    names = ("stall", "stall_cpu", "first_token")
+    return [statistics.median(getattr(mine, what) / getattr(most, what) for mine, most in pairs) for what in names]
 
 
 def _write_throughput(report: Report, work: Workload, speeds: dict[str, list[float]], cpu_seconds: dict[str, list[float]]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pagedkv.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
     from pagedkv.pooling import PoolingParams
     from pagedkv.sampling import SamplingParams
+    from pagedkv.token_budget import TokenBudget, measure_token_budget
     from pagedkv.usage import EngineStatistics
 
 _HOMES = {
@@ -38,6 +39,8 @@ _HOMES = {
     "PoolingParams": "pooling",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
+    "TokenBudget": "token_budget",
+    "measure_token_budget": "token_budget",
     "plan_memory": "models",
 }
 
@@ -58,6 +61,8 @@ __all__ = [
     "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "TokenBudget",
+    "measure_token_budget",
     "plan_memory",
 ]
 __version__ = "0.1.0"

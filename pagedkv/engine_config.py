@@ -21,7 +21,8 @@ class EngineConfig:
             group, in the order of ``ModelRunner.windows``.
         windowed_groups: whether layers with a sliding or chunked window give back the blocks behind it.
         max_num_seqs: sequences running at once.
-        max_num_batched_tokens: tokens computed in one step.
+        max_num_batched_tokens: tokens computed in one step, and so sequences running at once. ``measure_token_budget`` finds how many a
+            step may have that is not to take longer than running sequences shall wait.
         max_model_len: tokens of prompt and output together, what an encoder reads included; the model's positions when not given, or
             4,096 with an encoder and no limit.
         enable_prefix_caching: whether full blocks are kept to be found again; never with a model that has recurrent layers, whose state

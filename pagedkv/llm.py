@@ -9,6 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self, cast
@@ -34,6 +35,7 @@ from pagedkv.prompts import ParsedPrompt, Prompt, as_params_list, as_prompt_list
 from pagedkv.sampling import SamplingParams
 from pagedkv.scheduling import FirstComeFirstServed, LongestCachedPrefix, Priority, SchedulingPolicy
 from pagedkv.streamers import Streamer, StreamerFeed
+from pagedkv.token_budget import TokenBudget, measure_token_budget, parse_max_step_s
 from pagedkv.usage import EngineStatistics
 
 _POLICIES: Mapping[str, Callable[[], SchedulingPolicy]] = {
@@ -57,7 +59,10 @@ class LLM:
         kv_cache_memory_bytes: as many blocks as fit in so many bytes; or neither: what the submitted work can use at once.
         memory_share: with neither, never more than this share of the free memory, from above 0 to 1.
         max_num_seqs: sequences running at once.
-        max_num_batched_tokens: tokens computed in one step.
+        max_num_batched_tokens: tokens computed in one step, and so sequences running at once.
+        max_step_s: seconds that a step with a prompt in it may take, because running streams wait for it; then
+            ``max_num_batched_tokens`` is only the most, and what is used is measured at load, see ``measure_token_budget`` and
+            ``token_budget``. The same requests can then be cut into other steps by another process, which changes no token in float32.
         max_model_len: tokens of prompt and output together; the model's positions when not given. See ``EngineConfig``.
         enable_prefix_caching: whether prefixes are kept and shared; never with a model that has recurrent layers.
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
@@ -90,6 +95,7 @@ class LLM:
         memory_share: float = 0.5,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
+        max_step_s: float | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         attention_backend: str | AttentionBackend = "auto",
@@ -112,12 +118,18 @@ class LLM:
             check=check,
         )
         policy = _policy(scheduling_policy)
+        limit = None if max_step_s is None else parse_max_step_s(max_step_s)
         loaded = load_model(model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(tokenizer, model=model)
         self._runner = ModelRunner(
             loaded, backend=attention_backend, block_size=block_size, pack_linears=pack_linears, fuse=fuse, tier=tier
         )
         self._lengths = Lengths(self._runner, max_model_len)
+        self._token_budget: TokenBudget | None = None
+        if limit is not None:
+            most = config.max_num_batched_tokens
+            budget = measure_token_budget(self._runner, max_step_s=limit, max_num_batched_tokens=most, max_model_len=max_model_len)
+            self._token_budget, config = budget, replace(config, max_num_batched_tokens=budget.max_num_batched_tokens)
         self._intake = Intake(self._runner, self._lengths, self._tokenizer)
         make = partial(Engine, self._runner, tokenizer=self._tokenizer, policy=policy)
         self._keeper = EngineKeeper(make, self._runner, config, size, max_model_len=self._lengths.max_model_len)
@@ -134,6 +146,11 @@ class LLM:
     def runner(self) -> ModelRunner:
         """The model made ready, with the report of its self-check."""
         return self._runner
+
+    @property
+    def token_budget(self) -> TokenBudget | None:
+        """What was measured at load for ``max_step_s``, and chosen; None where that was not given."""
+        return self._token_budget
 
     @property
     def engine(self) -> Engine:

@@ -25,6 +25,8 @@ EXPORTS = {
         "PoolingParams",
         "RequestOutput",
         "SamplingParams",
+        "TokenBudget",
+        "measure_token_budget",
         "plan_memory",
     },
     "pagedkv.core": {

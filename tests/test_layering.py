@@ -18,7 +18,7 @@ STORAGE = BASE | {"storage"}
 CORE = BASE | {"core"}
 MODELS = BASE | {"attention", "storage", "models"}
 ABOVE = {"outputs", "prompts", "lengths", "namespaces", "intake", "responses", "pooling", "prompt_work", "seating", "outbox", "usage"}
-ABOVE |= {"sizing", "poisoning", "engine_config", "engine", "keeper", "conversations", "streamers", "llm"}
+ABOVE |= {"sizing", "poisoning", "engine_config", "engine", "keeper", "conversations", "streamers", "token_budget", "llm"}
 TOP = {*MODELS, "core", "scheduling", "sampling", *ABOVE}
 TOP |= {"generation"}
 
@@ -48,10 +48,11 @@ ALLOWED: dict[str, set[str]] = {
     "intake": BASE | {"lengths", "models", "namespaces", "prompts", "sampling", "scheduling"},
     "usage": STORAGE | {"core", "scheduling"},
     "engine_config": CORE | {"scheduling"},
-    "engine": TOP - {"engine", "keeper", "llm"},
+    "engine": TOP - {"engine", "keeper", "token_budget", "llm"},
     "keeper": {"checks", "engine", "engine_config", "errors", "models", "sizing"},
     "conversations": {"checks", "errors"},
     "streamers": BASE | {"outputs"},
+    "token_budget": STORAGE | {"core", "lengths", "models", "scheduling"},
     "llm": TOP - {"llm"},
     "__init__": TOP,
     # Public helpers beside the house: whoever is tested may be imported, nobody of the house imports them.
