@@ -67,7 +67,8 @@ class LLM:
         enable_prefix_caching: whether prefixes are kept and shared; never with a model that has recurrent layers.
         attention_backend: ``"auto"``, a backend's name, or an ``AttentionBackend``.
         pack_linears: whether linear layers on the CPU run with repacked copies of their weights, which take memory beside the model's own;
-            ``"auto"``: where it pays and memory allows. See ``ModelRunner`` and ``runner.packing``.
+            ``"auto"``: where it pays and memory allows. ``"int8"`` rounds the copies to eight bits: **tokens are then no longer those of
+            the model**, and come faster where few are computed at a time. See ``ModelRunner`` and ``runner.packing``.
         fuse: whether norms, gates of MLPs, rotations and whole decoder layers on the CPU run as native operations where these are proven
             to compute the same. See ``ModelRunner`` and ``runner.fusion``.
         tier: ``"auto"``: the fastest way of running the model that is right; ``"packed"``, ``"dense"`` or ``"dense-equal"``: only
@@ -99,7 +100,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         attention_backend: str | AttentionBackend = "auto",
-        pack_linears: bool | Literal["auto"] = "auto",
+        pack_linears: bool | Literal["auto", "int8"] = "auto",
         fuse: bool | Literal["auto"] = "auto",
         tier: TierName = "auto",
         scheduling_policy: str | SchedulingPolicy = "fcfs",

@@ -57,7 +57,7 @@ class CachePool:
             ``"dense"``: the model's own attention over gathered blocks, which every model with a plain cache allows. ``"auto"``: packed
             where the model allows it; a forward that asks for more than logits (attentions, hidden states), or whose input is
             more than tokens at their places, is dense in any case.
-        pack_linears: as for ``ModelRunner``; used in packed forwards.
+        pack_linears: as for ``ModelRunner``, but never ``"int8"``; used in packed forwards.
         fuse: likewise.
         windowed_groups: whether layers with a sliding or chunked window give back the blocks behind it, where forwards run packed. With
             False, ``PagedCache.crop`` can go back as far as one likes.
@@ -91,6 +91,8 @@ class CachePool:
     ) -> None:
         if tier not in get_args(TierName):
             raise ConfigError(f"tier is {shown(tier)}: it must be one of {', '.join(get_args(TierName))}")
+        if pack_linears not in (True, False, "auto"):  # "int8" would change tokens, and those of packed forwards alone
+            raise ConfigError(f"pack_linears is {shown(pack_linears)}: inside generate() it must be True, False or 'auto'")
         integer("block_size", block_size, least=1, most=2**31 - 1)
         checks.flag("windowed_groups", windowed_groups)
         if isinstance(model, AdaptedModel):

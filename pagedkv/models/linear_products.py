@@ -1,7 +1,8 @@
 """Products with repacked weights: one oneDNN multiplication for one linear layer, or for several that read the same input.
 
 Owns the packed copies, the watch over the weights they were made from, and the product kept between the layers of a group.
-It does not own which layers are packed nor how a model comes to use them (``packed_linears.py``).
+It does not own which layers are packed nor how a model comes to use them (``packed_linears.py``), nor how weights become eight bits
+(``int8_weights.py``).
 
 The operators are private to torch (its compiler emits them), so nothing is taken for granted: they are looked up, tried per
 dtype, and every packed weight is compared with ``F.linear`` before it is used.
@@ -15,12 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pagedkv.attention.native.library import Library
+from pagedkv.attention.native.products import Int8Product
+from pagedkv.models.int8_weights import quantised
+
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
 _CHECKED_ROWS = (1, 3, 17)  # the kernel depends on the number of rows: one, a few, more than a register block
 _SEED = 20260102
 # Largest difference from ``F.linear``, relative to the largest result: orders of addition differ, products do not.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 _SAMPLED_NUMBERS = 16
+# Rows up to which weights of eight bits are multiplied as such, by bytes of the dtype in which oneDNN would multiply them. From
+# benchmarks/linear.py: beyond, arithmetic takes longer than reading, and oneDNN's is faster.
+_MOST_INT8_ROWS = {2: 8, 4: 16}
 
 _Parameters = Mapping[str, Tensor | None]  # of one linear, its own dict: attribute access through the module costs more
 _Watched = tuple[_Parameters, str, Tensor, int, int, memoryview, bytes]
@@ -67,6 +75,7 @@ class PackedProduct:
     Attributes:
         reason: why the product cannot be used (any more), or None. It is set, never raised: a layer can always do without.
         nbytes: bytes of the packed copies, without oneDNN's padding; they may be wider than the weights, see ``product_dtype``.
+        weight_error: of weights of eight bits, see ``Quantised``; None where the copies are exact.
 
     Cost: packing reads and writes the weights once and runs 21 rows through them, packed and plain.
     """
@@ -75,6 +84,10 @@ class PackedProduct:
         self.linears = tuple(linears)
         self.reason: str | None = None
         self.nbytes = 0
+        self.weight_error: float | None = None
+        self._int8_library: Library | None = None
+        self._int8: Int8Product | None = None
+        self._most_int8_numbers = 0
         self._last = len(self.linears) - 1
         self._sizes = [linear.out_features for linear in self.linears]
         self._watched: list[_Watched] = []
@@ -85,6 +98,11 @@ class PackedProduct:
         self._kept: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self._multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
         self._multiply_add: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.binary
+        self._pack()
+
+    def quantise(self, library: Library) -> None:
+        """Round the weights to eight bits, and multiply those from now on: by the library for few rows, by oneDNN for more."""
+        self._int8_library = library
         self._pack()
 
     def result(self, x: Tensor, place: int) -> Tensor | None:
@@ -148,6 +166,8 @@ class PackedProduct:
 
         ``added [..., out_features]`` is added before the result is rounded: in half precision once, where the model's code does it twice.
         """
+        if self._int8 is not None and x.numel() <= self._most_int8_numbers:
+            return self._int8(x, added)
         if x.dtype is not self._dtype:
             product = self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
             return product if added is None else product.add_(added)
@@ -167,7 +187,7 @@ class PackedProduct:
         except (RuntimeError, TypeError, AttributeError) as error:  # a dtype, shapes, no memory; another signature; no weight
             self.reason = f"packing failed: {str(error).splitlines()[0]}"
         if self.reason is not None:
-            self._weight = self._bias = None
+            self._weight = self._bias = self._int8 = self.weight_error = None
             self.nbytes = 0
 
     def _packed(self) -> str | None:
@@ -183,11 +203,22 @@ class PackedProduct:
         self._without_bias = [owner for owner, name in owned if owner.get(name) is None]
         self._sizes = [weight.shape[0] for weight in weights]
         self._dtype = product_dtype(weights[0].dtype)
-        merged = (weights[0] if self._last == 0 else torch.cat(weights)).to(self._dtype)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(merged, None)
+        merged = weights[0] if self._last == 0 else torch.cat(weights)
         bias = self._merged_bias(weights, biases)
+        self.nbytes = 0
+        if self._int8_library is not None:
+            rounded = quantised(merged)
+            if not bool(rounded.scale.isfinite().all()):
+                return "its weights are not finite and cannot be rounded to eight bits"
+            self._int8 = Int8Product(rounded.weight, rounded.scale, None if bias is None else bias.float(), self._int8_library)
+            self._most_int8_numbers = _MOST_INT8_ROWS[self._dtype.itemsize] * merged.shape[1]
+            self.nbytes, self.weight_error = self._int8.nbytes, rounded.error(merged)
+            merged = rounded.dequantised(merged.dtype)  # for more rows, the same numbers as far as that holds them
+            weights = list(torch.split(merged, self._sizes))
+        packed = merged.to(self._dtype)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(packed, None)
         self._bias = None if bias is None else bias.to(self._dtype)
-        self.nbytes = merged.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+        self.nbytes += packed.nbytes + (self._bias.nbytes if self._bias is not None else 0)
         return self._difference(weights, biases)
 
     def _merged_bias(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
@@ -197,7 +228,7 @@ class PackedProduct:
         return torch.cat(parts)
 
     def _difference(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> str | None:
-        """Compare with ``F.linear`` on random rows; the reason when they differ."""
+        """Compare with ``F.linear`` of the weights that were packed on random rows; the reason when they differ."""
         generator = torch.Generator().manual_seed(_SEED)
         bound = _BOUNDS[weights[0].dtype]
         for rows in _CHECKED_ROWS:

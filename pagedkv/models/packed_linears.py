@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pagedkv.attention.native.library import Library, load_library
 from pagedkv.errors import ConfigError
 from pagedkv.models.compiled import is_compiled
 from pagedkv.models.context import active_step
@@ -29,6 +30,8 @@ _MIN_WEIGHTS = 128 * 1024
 _MIN_WEIGHTS_ONE_THREAD_AVX2 = 4 * 1024 * 1024
 _MAX_SHARE_OF_FREE_MEMORY = 0.5
 
+WantedPacking = bool | Literal["auto", "int8"]
+
 
 @dataclass(frozen=True, slots=True)
 class PackingReport:
@@ -40,6 +43,8 @@ class PackingReport:
         nbytes: of the packed copies, which are kept beside the model's own weights.
         plain: names of the layers that do not, each with the reason.
         reason: why no layer does; None when any does.
+        weight_error: where the copies are rounded to eight bits (``"int8"``), the norm of what that changes of a layer's weights, relative
+            to theirs, for the worst product; None where the copies are exact.
     """
 
     packed: tuple[str, ...]
@@ -47,6 +52,7 @@ class PackingReport:
     nbytes: int
     plain: Mapping[str, str]
     reason: str | None
+    weight_error: float | None = None
 
 
 class PackedLinear(nn.Linear):
@@ -102,22 +108,29 @@ class PackedLinears:
 
     Args:
         model: the model, on one device.
-        wanted: True: every layer that can be packed; ``"auto"``: those worth it, if memory allows; False: none.
+        wanted: True: every layer that can be packed; ``"auto"``: those worth it, if memory allows; False: none; ``"int8"``: as True, and
+            ``quantise`` rounds their weights to eight bits.
 
     Raises:
-        ConfigError: ``wanted`` is none of these, or is True and this machine or model does not allow it.
+        ConfigError: ``wanted`` is none of these, or is True or ``"int8"`` and this machine or model does not allow it.
 
-    Made in three moves, because only a forward shows who shares an input: build, run a forward within ``recording``, ``pack``.
+    Made in three moves, because only a forward shows who shares an input: build, run a forward within ``recording``, ``pack``. A fourth,
+    ``quantise``, comes after the model was found right with exact copies.
     """
 
-    def __init__(self, model: nn.Module, wanted: bool | Literal["auto"]) -> None:
-        if not (isinstance(wanted, bool) or wanted == "auto"):
-            raise ConfigError(f"pack_linears is {wanted!r}: it must be True, False or 'auto'")
+    def __init__(self, model: nn.Module, wanted: WantedPacking) -> None:
+        if not (isinstance(wanted, bool) or wanted in ("auto", "int8")):
+            raise ConfigError(f"pack_linears is {wanted!r}: it must be True, False, 'auto' or 'int8'")
         self._wanted = wanted
         self._census = LinearCensus()
         self._products: list[tuple[PackedProduct, list[FoundLinear]]] = []
         self._stand_ins: list[tuple[dict[str, nn.Module | None], str, nn.Linear, PackedLinear]] = []
         self._reason = "pack_linears is False" if wanted is False else _why_not_at_all(model)
+        self._library: Library | None = None
+        if self._reason is None and wanted == "int8":
+            loaded = load_library()
+            self._library = loaded.library
+            self._reason = None if self._library else f"the native library is missing: {'; '.join(loaded.reasons)}"
         if self._reason is None:
             self._census = take_census(model)
             self._reason = None if self._census.found else "the model has no linear layer that can be packed"
@@ -135,6 +148,7 @@ class PackedLinears:
             nbytes=sum(product.nbytes for product, _ in used),
             plain=MappingProxyType({**self._census.plain, **failed}),
             reason=self._reason,
+            weight_error=max((product.weight_error for product, _ in used if product.weight_error is not None), default=None),
         )
 
     def stand_in(self, linear: nn.Module) -> PackedLinear | None:
@@ -168,6 +182,23 @@ class PackedLinears:
             reasons = self.report.plain
             self._reason = f"no layer could be packed: {next(iter(reasons.values()))}" if reasons else "no linear layer was called"
         self._refuse_if_wanted()
+
+    def quantise(self) -> bool:
+        """Round the copies to eight bits where that is wanted; returns whether it is.
+
+        Raises:
+            ConfigError: it is, and no layer's weights could be rounded.
+
+        Cost: that of packing.
+        """
+        if self._library is None:
+            return False
+        for product, _ in self._products:
+            product.quantise(self._library)
+        if all(product.reason is not None for product, _ in self._products):
+            self._reason = f"no layer's weights could be rounded: {next(iter(self.report.plain.values()))}"
+        self._refuse_if_wanted()
+        return True
 
     @contextmanager
     def in_place(self, but: frozenset[int] = frozenset()) -> Iterator[None]:
@@ -208,7 +239,7 @@ class PackedLinears:
         plain = self._census.plain
         called = {id(found) for members in groups for found in members}
         plain.update({found.name: "it was not called in a short forward" for found in self._census.found if id(found) not in called})
-        if self._wanted is True:
+        if self._wanted in (True, "int8"):
             return groups
         one_thread_avx2 = torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2"
         kept = []
@@ -231,8 +262,8 @@ class PackedLinears:
         return []
 
     def _refuse_if_wanted(self) -> None:
-        if self._wanted is True and self._reason is not None:
-            raise ConfigError(f"pack_linears is True but cannot be done: {self._reason}")
+        if self._wanted in (True, "int8") and self._reason is not None:
+            raise ConfigError(f"pack_linears is {self._wanted!r} but cannot be done: {self._reason}")
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pagedkv.errors import StepError
 from pagedkv.models.fusion import Fusion, FusionReport
-from pagedkv.models.packed_linears import PackedLinears, PackingReport
+from pagedkv.models.packed_linears import PackedLinears, PackingReport, WantedPacking
 
 # In a model's own dict while a step runs, whichever runner and tier it is of.
 _RUNNING = "_pagedkv_step_is_running"
@@ -22,7 +22,9 @@ Wanted = bool | Literal["auto"]
 
 
 class Replacements:
-    """The stand-ins of one model. Made in moves: build, run a forward within ``recording``, ``pack``, perhaps ``fuse_layers``.
+    """The stand-ins of one model.
+
+    Made in moves: build, run a forward within ``recording``, ``pack``, perhaps ``fuse_layers``, perhaps ``quantise``.
 
     Args:
         model: the model, on one device.
@@ -30,10 +32,10 @@ class Replacements:
         fuse: as ``Fusion`` takes it.
 
     Raises:
-        ConfigError: either is True and cannot be done, or is none of its values.
+        ConfigError: either is True (or ``"int8"``) and cannot be done, or is none of its values.
     """
 
-    def __init__(self, model: PreTrainedModel, *, pack_linears: Wanted, fuse: Wanted) -> None:
+    def __init__(self, model: PreTrainedModel, *, pack_linears: WantedPacking, fuse: Wanted) -> None:
         self._attributes = vars(model)
         self._linears = PackedLinears(model, pack_linears)
         self._fusion = Fusion(model, fuse)
@@ -65,6 +67,10 @@ class Replacements:
     def fuse_layers(self, configs: tuple[PreTrainedConfig, ...], widths: Sequence[int]) -> None:
         """Fuse whole decoder layers; only of a model whose attention reads blocks in place."""
         self._fusion.fuse_layers(self._linears, configs, widths)
+
+    def quantise(self) -> bool:
+        """Round the packed weights to eight bits where that is wanted; see ``PackedLinears.quantise``."""
+        return self._linears.quantise()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

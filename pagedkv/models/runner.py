@@ -62,6 +62,12 @@ class ModelRunner:
             packed again by the next one. Seen are other parameters or storages and all changes that torch counts; of changes
             in place through ``weight.data``, which it does not count, those that touch one of 16 numbers of the layer, as
             merging an adapter does: to write to a few rows, use ``torch.no_grad()`` instead.
+            ``"int8"``: **the tokens are no longer those of the model.** As True, but the weights are rounded to eight bits, with one scale
+            for each output, to read less memory when few tokens are computed; inputs, K/V and everything that is no linear layer
+            are as before. This is the one option that changes what is computed. The model is found right first, with exact copies;
+            then ``packing.weight_error`` says what rounding loses of the weights, and ``report.int8`` how far the logits are from the
+            model's. The copies take 3 bytes a weight in half precision and 5 in float32: eight bits for few rows, and the same
+            numbers in oneDNN's layout for many. It needs the native library.
         fuse: whether norms, gates of MLPs and rotations run as one native operation each, and decoder layers made of them and
             of packed products as one function, on the CPU only, where trials show that they compute just that. ``"auto"`` and
             True: all that do, but True refuses a model without any. False: none.
@@ -69,7 +75,8 @@ class ModelRunner:
     Raises:
         UnsupportedModelError: the model cannot be run exactly; says why.
         UnsupportedBackendError: unknown, or gives its reason against one of the model's layers.
-        ConfigError: the block size is below 1, the tier unknown, or ``pack_linears`` or ``fuse`` is True and cannot be done.
+        ConfigError: the block size is below 1, the tier unknown, or ``pack_linears`` is True or ``"int8"``, or ``fuse`` is True, and cannot
+            be done.
 
     Attributes:
         layers: geometry of each layer that stores K/V, all in one group.
@@ -98,7 +105,7 @@ class ModelRunner:
         *,
         backend: str | AttentionBackend = "auto",
         block_size: int = 16,
-        pack_linears: bool | Literal["auto"] = "auto",
+        pack_linears: bool | Literal["auto", "int8"] = "auto",
         fuse: bool | Literal["auto"] = "auto",
         tier: TierName = "auto",
     ) -> None:

@@ -57,6 +57,19 @@ class CopyCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Check:
+    """How far the model is, once its weights are rounded to eight bits, from the model itself. Nothing is judged by it.
+
+    Attributes:
+        max_relative_error: largest logit difference relative to the largest logit, on random tokens.
+        argmax_agreement: share of positions where both name the same next token.
+    """
+
+    max_relative_error: float
+    argmax_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
 class SelfCheck:
     """What the self-check saw.
 
@@ -72,6 +85,7 @@ class SelfCheck:
         copy: of a model in half precision, the judgement by numbers that such ranks cannot replace; None where it was not needed, or
             could not be had.
         why_no_copy: why it could not be had; None where it was, or was not needed.
+        int8: of weights rounded to eight bits, for which everything else was seen before; None where they are not.
         windows: sliding and chunked masks that the sequences crossed.
         windows_not_crossed: masks too large to cross in a short check; these rest on the classification of the mask.
     """
@@ -87,6 +101,7 @@ class SelfCheck:
     windows_not_crossed: tuple[Mask, ...]
     copy: CopyCheck | None = None
     why_no_copy: str | None = None
+    int8: Int8Check | None = None
 
 
 class CheckedTier(Protocol):
@@ -140,6 +155,23 @@ def self_check(tier: CheckedTier, call: ModelCall | PairCall, *, block_size: int
 
     Cost: three short forwards of the model and four steps, about 90 tokens in all for a model without small windows.
     """
+    ours, own, num_steps = _both(tier, call, block_size=block_size, max_positions=max_positions)
+    return _judge(tier, ours, own, num_steps=num_steps)
+
+
+def compare_int8(tier: CheckedTier, call: ModelCall | PairCall, *, block_size: int, max_positions: int | None) -> Int8Check:
+    """Compare what a tier computes with rounded weights with the model's own forward, as ``self_check`` does, without a judgement."""
+    ours, own, _ = _both(tier, call, block_size=block_size, max_positions=max_positions)
+    paged, reference = torch.cat(ours), torch.cat(own)
+    finite = reference.isfinite()
+    difference = _differences(paged.masked_fill(~finite, 0.0), reference.masked_fill(~finite, 0.0))
+    return Int8Check(float(difference.max()), _agreement(paged, reference))
+
+
+def _both(
+    tier: CheckedTier, call: ModelCall | PairCall, *, block_size: int, max_positions: int | None
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """The logits of every sequence, ours and the model's own, and in how many steps ours were computed."""
     num_single = 0 if tier.recurrent_state == "none" else _NUM_SINGLE
     lens = _sequence_lens(tier.shape.windows, block_size=block_size, most=max_positions, num_single=num_single)
     sequences = _pairs(tier.shape, call, lens, block_size) if isinstance(call, PairCall) else _decoders(call, lens)
@@ -147,7 +179,7 @@ def self_check(tier: CheckedTier, call: ModelCall | PairCall, *, block_size: int
     vocab_size = min(tier.shape.vocab_size, num_decoder_token_ids(call.model))
     reference = [each.reference(call)[:, :vocab_size].float() for each in sequences]
     ours = _run(tier, sequences, schedule, block_size=block_size, device=call.model.device)
-    return _judge(tier, [logits[:, :vocab_size].float() for logits in ours], reference, num_steps=len(schedule))
+    return [logits[:, :vocab_size].float() for logits in ours], reference, len(schedule)
 
 
 def _decoders(call: ModelCall, lens: Sequence[int]) -> list[_Sequence]:
@@ -287,7 +319,7 @@ def _judge(tier: CheckedTier, paged: list[Tensor], reference: list[Tensor], *, n
     lens = tuple(len(row) for row in reference)
     dtype, masks = tier.shape.dtype, tier.shape.windows
     tried = f"sequences of {lens} tokens in {num_steps} steps, {tier.attention!r} attention, {dtype}"
-    agreement = float((ours.argmax(dim=1) == own.argmax(dim=1)).float().mean())
+    agreement = _agreement(ours, own)
     finite = own.isfinite()
     if not finite.all():  # some models write -inf for ids that can never come; both sides must do it alike
         if own.isnan().any() or not finite.any():
@@ -295,7 +327,7 @@ def _judge(tier: CheckedTier, paged: list[Tensor], reference: list[Tensor], *, n
         if not torch.equal(ours[~finite], own[~finite]):
             raise UnsupportedModelError(f"self-check failed: infinite logits differ from the model's own forward ({tried})")
         ours, own = (logits.masked_fill(~finite, 0.0) for logits in (ours, own))
-    difference = (ours - own).abs().amax(dim=1) / own.abs().max().clamp_min(1e-30)  # NaN where ours is
+    difference = _differences(ours, own)
     worst = float(difference.max())
     bound = _BOUNDS.get(dtype, _BOUNDS[torch.bfloat16])
     by_numbers = dtype in EXACT_DTYPES
@@ -317,3 +349,12 @@ def _judge(tier: CheckedTier, paged: list[Tensor], reference: list[Tensor], *, n
         windows=crossed,
         windows_not_crossed=tuple(mask for mask in masks if mask not in crossed),
     )
+
+
+def _agreement(ours: Tensor, own: Tensor) -> float:
+    return float((ours.argmax(dim=1) == own.argmax(dim=1)).float().mean())
+
+
+def _differences(ours: Tensor, own: Tensor) -> Tensor:
+    """For each position the largest difference, relative to the largest logit of all; NaN where ours is."""
+    return (ours - own).abs().amax(dim=1) / own.abs().max().clamp_min(1e-30)

@@ -24,13 +24,14 @@ from pagedkv.models.dense import DenseTier
 from pagedkv.models.encoder_decoder import EncoderDecoderTier
 from pagedkv.models.float32_copy import Float32Copy
 from pagedkv.models.packed import PackedTier
+from pagedkv.models.packed_linears import WantedPacking
 from pagedkv.models.pair_call import PairCall
 from pagedkv.models.pair_probe import check_keeps_modules
 from pagedkv.models.probe import ModelShape
 from pagedkv.models.recurrence import RecurrentState, reads_state_in_chunks
 from pagedkv.models.refusals import refusal
 from pagedkv.models.replacements import Replacements, Wanted
-from pagedkv.models.selfcheck import EXACT_DTYPES, CopyCheck, SelfCheck, self_check
+from pagedkv.models.selfcheck import EXACT_DTYPES, CopyCheck, SelfCheck, compare_int8, self_check
 from pagedkv.storage import KVStorage, StepBatch
 
 TierName = Literal["auto", "packed", "dense", "dense-equal", "encoder-decoder", "encoder-decoder-equal"]
@@ -122,7 +123,7 @@ def choose_tier(
     backend: str | AttentionBackend,
     block_size: int,
     max_positions: int | None,
-    pack_linears: Wanted,
+    pack_linears: WantedPacking,
     fuse: Wanted,
 ) -> Choice:
     """The fastest way of running a model that is right.
@@ -157,6 +158,8 @@ def choose_tier(
             if tier.shape.dtype not in EXACT_DTYPES:
                 copy = copy or Float32Copy(model)
                 check = _exactly(check, tier, copy, backend=backend, block_size=block_size, max_positions=max_positions)
+            if replacements.quantise():  # after everything else, which is judged with exact weights
+                check = replace(check, int8=compare_int8(tier, call, block_size=block_size, max_positions=max_positions))
         except Exception as error:  # whatever a model raises when it is run in a way that it was not made for
             if len(names) == 1 or _is_setting(error):
                 raise

@@ -135,7 +135,7 @@ def test_false_packs_nothing() -> None:
 
 @pytest.mark.parametrize("wanted", ["yes", None, 2, 1])
 def test_other_values_of_the_option_are_refused(wanted: object) -> None:
-    with pytest.raises(ConfigError, match="must be True, False or 'auto'"):
+    with pytest.raises(ConfigError, match="must be True, False, 'auto' or 'int8'"):
         ModelRunner(tiny_model("llama"), block_size=4, pack_linears=wanted)  # type: ignore[arg-type]
 
 

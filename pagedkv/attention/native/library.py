@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-_ABI = 3
+_ABI = 4
 
 
 class StepStruct(ctypes.Structure):
@@ -65,6 +65,16 @@ class JoinedStruct(ctypes.Structure):
         ("key_offset", ctypes.c_int64),
         ("value_offset", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
+    )
+
+
+class ProductStruct(ctypes.Structure):
+    """``Product`` of products.h: rows, and weights of eight bits."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "added", "out")),
+        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs")),
+        *((name, ctypes.c_int32) for name in ("num_rows", "dtype")),
     )
 
 
@@ -188,6 +198,7 @@ def _open(build: Build) -> ctypes.CDLL | str:
             "pagedkv_rows_nbytes",
             "pagedkv_layer_nbytes",
             "pagedkv_joined_nbytes",
+            "pagedkv_product_nbytes",
         ):
             getattr(functions, name).restype = ctypes.c_int32
         sizes = (
@@ -196,10 +207,11 @@ def _open(build: Build) -> ctypes.CDLL | str:
             functions.pagedkv_rows_nbytes(),
             functions.pagedkv_layer_nbytes(),
             functions.pagedkv_joined_nbytes(),
+            functions.pagedkv_product_nbytes(),
         )
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, reinstall pagedkv: {error}"
-    if sizes != (_ABI, *map(ctypes.sizeof, (StepStruct, RowsStruct, LayerStruct, JoinedStruct))):
+    if sizes != (_ABI, *map(ctypes.sizeof, (StepStruct, RowsStruct, LayerStruct, JoinedStruct, ProductStruct))):
         return "was built for another version: reinstall pagedkv"
     if build.permission is not None and getattr(functions, build.permission)() != 0:
         return "the system does not let this process use its instructions"
@@ -214,7 +226,7 @@ def _open(build: Build) -> ctypes.CDLL | str:
     functions.pagedkv_write.restype = None
     functions.pagedkv_attend_joined.argtypes = (pointer,) * 8
     functions.pagedkv_attend_joined.restype = number
-    for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate"):
+    for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate", "pagedkv_multiply"):
         getattr(functions, name).argtypes = (pointer, number)
         getattr(functions, name).restype = number
     return functions

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "layers.h"
+#include "products.h"
 #include "work.h"
 
 #if defined(_OPENMP)
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int64_t SERIAL_COST = 20000;      // below so much work, waking other threads costs more than it gives
 constexpr int64_t SERIAL_ELEMENTS = 30000;  // the same, of operations on rows
+constexpr int64_t SERIAL_PRODUCTS = 300000; // the same, of multiplications with weights
 
 template <class T>
 void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_rows, int heads, Sums sums) {
@@ -132,6 +134,15 @@ INLINE void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), in
   for (int64_t r = 0; r < layer.num_rows; r++) row(layer, r);
 }
 
+template <class T>
+void run_product(const Product& p, int num_threads) {
+  const int64_t panels = (p.num_outputs + OUTPUTS - 1) / OUTPUTS;
+  if (p.num_rows * p.num_inputs * p.num_outputs < SERIAL_PRODUCTS) num_threads = 1;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int row = 0; row < p.num_rows; row += ROWS_AT_ONCE) multiply_panel<T>(p, panel, row);
+}
+
 }  // namespace
 
 // One entry point per operation: 0, or 1 for a dtype that this build does not know.
@@ -148,12 +159,13 @@ INLINE void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), in
 extern "C" {
 
 // Changes whenever a struct or a function here does: a library that is left over from another version is not used.
-int32_t pagedkv_abi() { return 3; }
+int32_t pagedkv_abi() { return 4; }
 int32_t pagedkv_lanes() { return LANES; }
 int32_t pagedkv_step_nbytes() { return sizeof(Step); }
 int32_t pagedkv_rows_nbytes() { return sizeof(Rows); }
 int32_t pagedkv_layer_nbytes() { return sizeof(Layer); }
 int32_t pagedkv_joined_nbytes() { return sizeof(Joined); }
+int32_t pagedkv_product_nbytes() { return sizeof(Product); }
 
 #if defined(__AMX_TILE__)
 // Linux saves the tiles of a process that has asked for them; without, the first such instruction ends it. Returns 0 when they may be used.
@@ -170,6 +182,16 @@ int32_t pagedkv_ask_for_tiles() {
 LAYER_ENTRY(pagedkv_norm, norm_row)
 LAYER_ENTRY(pagedkv_gate, gate_row)
 LAYER_ENTRY(pagedkv_rotate, rotate_row)
+
+// Returns 0, or 1 for a dtype that this build does not know.
+int32_t pagedkv_multiply(const Product* product, int32_t num_threads) {
+  switch (product->dtype) {
+    case FLOAT32: run_product<float>(*product, num_threads); return 0;
+    case BFLOAT16: run_product<bfloat16>(*product, num_threads); return 0;
+    case FLOAT16: run_product<float16>(*product, num_threads); return 0;
+  }
+  return 1;
+}
 
 // Counts into ``counts``: items, merges, partial sums, rows of a partial sum; fills ``items`` and ``merges`` where they are given.
 void pagedkv_plan(const Step* step, Item* items, Merge* merges, int64_t* counts) {

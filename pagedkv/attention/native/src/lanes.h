@@ -75,6 +75,20 @@ INLINE Floats load(const float16* p) {
 #endif
 }
 
+INLINE Floats load(const int8_t* p) {
+#if defined(__AVX512F__) && LANES == 16  // compilers convert bytes one by one
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__) && LANES == 8
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(LANES)));
+  typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
+  Bytes b;
+  memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Floats);
+#endif
+}
+
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
 // The upper halves are v in bfloat16: to nearest, ties to even; a NaN stays one.

@@ -1,0 +1,58 @@
+// Products of a few rows with weights of eight bits and one scale for each output. Arithmetic is in float32: what takes the time of such a
+// product is reading its weights, and there are a quarter or half as many bytes of them.
+//
+// A row's sums are made in the order of the inputs whatever rows are beside it and however many threads run, so neither changes a bit.
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+
+constexpr int OUTPUTS = 4 * LANES;                 // that lie side by side in memory, input by input
+constexpr int ROWS_AT_ONCE = LANES == 16 ? 6 : 2;  // what fits into the registers: 4 sums a row, and the weights
+constexpr int WEIGHTS_AHEAD = 2048;                // prefetched: a core alone asks for too little memory at a time
+
+// Mirrored field by field in library.py.
+struct Product {
+  const float* x;        // [M, K]
+  const int8_t* weight;  // [P, K, OUTPUTS], P the panels that hold N outputs, what is behind them of any value
+  const float* scale;    // [P * OUTPUTS]
+  const float* bias;     // [P * OUTPUTS] or null
+  const void* added;     // [M, N] or null
+  void* out;             // [M, N]
+  int64_t num_inputs, num_outputs;
+  int32_t num_rows, dtype;  // dtype: of added and out
+};
+
+template <class T, int M>
+INLINE void multiply_rows(const Product& p, int64_t panel, int first_row) {
+  const int8_t* weight = p.weight + panel * p.num_inputs * OUTPUTS;
+  const float* x = p.x + first_row * p.num_inputs;
+  Floats sums[M][4] = {};
+  for (int64_t k = 0; k < p.num_inputs; k++, weight += OUTPUTS) {
+    __builtin_prefetch(weight + WEIGHTS_AHEAD);
+    const Floats w[4] = {load(weight), load(weight + LANES), load(weight + 2 * LANES), load(weight + 3 * LANES)};
+    for (int m = 0; m < M; m++) {
+      const Floats input = splat(x[m * p.num_inputs + k]);
+      for (int r = 0; r < 4; r++) sums[m][r] = fma(input, w[r], sums[m][r]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < 4; r++) {
+      const int64_t output = panel * OUTPUTS + r * LANES, place = (first_row + m) * p.num_outputs + output;
+      const int count = (int)std::min<int64_t>(p.num_outputs - output, LANES);
+      if (count <= 0) break;
+      Floats result = sums[m][r] * load(p.scale + output);
+      if (p.bias) result = result + load(p.bias + output);
+      if (p.added) result = result + (count == LANES ? load((const T*)p.added + place) : load_part((const T*)p.added + place, count));
+      if (count == LANES) store((T*)p.out + place, result);
+      else store_part((T*)p.out + place, result, count);
+    }
+}
+
+template <class T, int M = ROWS_AT_ONCE>
+void multiply_panel(const Product& p, int64_t panel, int first_row) {
+  if constexpr (M > 1)
+    if (p.num_rows - first_row < M) return multiply_panel<T, M - 1>(p, panel, first_row);
+  multiply_rows<T, M>(p, panel, first_row);
+}
