@@ -25,28 +25,27 @@ class RecentTokens:
 
     Attributes:
         copy_blocks: copies ``[C, 2]`` blocks (source, target) of each layer group, all of them read before any is written.
-        seqs: ``[n]`` int64 sequences that have such tokens.
     """
 
     def __init__(self, manager: KVCacheManager, copy_blocks: CopyBlocks) -> None:
         self._manager = manager
         self.copy_blocks = copy_blocks
-        self.seqs: Int64Array = np.zeros(0, dtype=np.int64)
+        self._seqs: Int64Array = np.zeros(0, dtype=np.int64)
 
     def add(self, seqs: Int64Array) -> None:
         """Note sequences whose reserved tokens are written."""
-        self.seqs = seqs
+        self._seqs = seqs
 
     def settle(self) -> None:
         """Complete all of it: what is behind a window from now on is given back."""
-        seqs = self.seqs
+        seqs = self._seqs
         self.forget()
         if len(seqs):
             self._manager.complete(seqs)
 
     def forget(self) -> None:
         """The sequences are gone."""
-        self.seqs = self.seqs[:0]
+        self._seqs = self._seqs[:0]
 
     def allow(self, seqs: Int64Array, lengths: Int64Array, shorter: Int64Array) -> bool:
         """Whether a batch's sequences ``[U]`` of these lengths can all become so much shorter, now that some tokens are not complete."""
@@ -73,7 +72,7 @@ class RecentTokens:
         """
         if self.can_cut(lengths, shorter).all():
             return lengths
-        recent = np.isin(seqs, self.seqs) & (shorter > 0) & (shorter < lengths)
+        recent = np.isin(seqs, self._seqs) & (shorter > 0) & (shorter < lengths)
         self._cut(seqs[recent], shorter[recent])
         return np.where(recent, shorter, lengths)
 
@@ -84,7 +83,7 @@ class RecentTokens:
         """
         manager = self._manager
         before = self._tables(seqs)
-        self.seqs = np.setdiff1d(self.seqs, seqs)
+        self._seqs = np.setdiff1d(self._seqs, seqs)
         self.settle()
         manager.truncate(seqs, lengths.astype(np.int32))
         rest = lengths.astype(np.int32) - manager.table.num_reserved[manager.rows_of(seqs)]
