@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pagedkv.checks import shown
 from pagedkv.errors import InvalidRequestError
-from pagedkv.models.call import CACHE_ARGUMENTS, ModelCall
+from pagedkv.models.call import CACHE_ARGUMENTS, model_cache_argument
 from pagedkv.plan import BoolArray, Int64Array
 
 # Arguments that neither change what K and V of a token are, nor ask for more than logits.
@@ -110,7 +110,7 @@ class ForwardReader:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._signature = inspect.signature(model.forward)
-        self.cache_argument = ModelCall(model).cache_argument
+        self.cache_argument = model_cache_argument(model)
         self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
         self._plain = _PLAIN | _OUTPUTS | _ENCODER if self._prefix else _PLAIN | _OUTPUTS
         self.takes_positions = f"{self._prefix}position_ids" in self._signature.parameters

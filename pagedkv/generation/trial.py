@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.generation.states import keeps_states
-from pagedkv.models.call import ModelCall, logits_of
+from pagedkv.models.call import logits_of, model_cache_argument
 from pagedkv.models.compiled import is_compiled
 from pagedkv.models.limits import num_token_ids
 from pagedkv.models.stored import spec_of, stored_tensors
@@ -95,7 +95,7 @@ def _check(model: object) -> None:
         raise UnsupportedModelError(f"the encoder of {name} reads {model.main_input_name}: only tokens are supported")
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} does not generate: load it with AutoModelForCausalLM")
-    ModelCall(model)  # refuses a model that takes no cache
+    model_cache_argument(model)  # refuses a model that takes no cache
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: a K/V cache is for inference, call model.eval()")
     if is_compiled(model):
@@ -118,7 +118,7 @@ def _run_both(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(_SEED)
     token_ids = torch.randint(3, num_token_ids(model), (2, len(_PADDING), columns), generator=generator).to(model.device)
     mask = (torch.arange(columns) < columns - torch.tensor(_PADDING)[:, None]).long().to(model.device)
-    name = ModelCall(model).cache_argument
+    name = model_cache_argument(model)
     logits, end = [], 0
     with torch.no_grad():
         encoder: Any = model.get_encoder()
@@ -136,6 +136,7 @@ def _run_decoder(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(_SEED)
     token_ids = torch.randint(0, num_token_ids(model), (len(_PADDING), columns), generator=generator).to(model.device)
     mask = (torch.arange(columns) >= torch.tensor(_PADDING)[:, None]).long().to(model.device)
+    name = model_cache_argument(model)
     prepare: Any = model.prepare_inputs_for_generation
     logits, end = [], 0
     with torch.no_grad():
@@ -143,7 +144,7 @@ def _run_decoder(model: PreTrainedModel, cache: Cache) -> tuple[Tensor, ...]:
             begin, end = end, end + count
             arguments: dict[str, Any] = prepare(
                 token_ids[:, begin:end],
-                **{ModelCall(model).cache_argument: cache},
+                **{name: cache},
                 attention_mask=mask[:, :end],
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, begin:end],
                 use_cache=True,

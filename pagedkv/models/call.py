@@ -28,6 +28,19 @@ def cache_argument(module: torch.nn.Module) -> str:
     return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENT)
 
 
+def model_cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a causal language model takes the cache.
+
+    Raises:
+        UnsupportedModelError: it takes none under any name of ``CACHE_ARGUMENTS``.
+    """
+    names = _argument_names(model)
+    found = next((name for name in CACHE_ARGUMENTS if name in names), None)
+    if found is None:
+        raise UnsupportedModelError(f"{type(model).__name__}.forward takes no cache: it keeps no K/V that could be paged")
+    return found
+
+
 class ModelCall:
     """Calls a causal language model on rows of tokens over a cache of ours: one row of packed tokens, or one row a sequence.
 
@@ -45,22 +58,13 @@ class ModelCall:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        outer = _parameters(model)
-        inner = _parameters(model.base_model) if isinstance(model.base_model, torch.nn.Module) else outer
-        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
-
-        def takes(name: str) -> bool:
-            return name in outer or (passes_on and name in inner)
-
-        names = [name for name in CACHE_ARGUMENTS if takes(name)]
-        if not names:
-            raise UnsupportedModelError(f"{type(model).__name__}.forward takes no cache: it keeps no K/V that could be paged")
+        names = _argument_names(model)
         self.model = model
-        self.cache_argument = names[0]
-        self.takes_positions = takes("position_ids")
-        self.takes_mask = takes("attention_mask")
-        self._keeps = "logits_to_keep" in outer
-        self._use_cache = takes("use_cache")
+        self.cache_argument = model_cache_argument(model)
+        self.takes_positions = "position_ids" in names
+        self.takes_mask = "attention_mask" in names
+        self._keeps = "logits_to_keep" in _parameters(model)
+        self._use_cache = "use_cache" in names
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, *, cache: Cache, columns: Tensor, attention_mask: Tensor | None = None
@@ -109,6 +113,14 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise UnsupportedModelError(f"the model returned {type(output).__name__} without logits")
     return logits
+
+
+def _argument_names(model: PreTrainedModel) -> frozenset[str]:
+    """What a model takes by name: its own arguments, and those of the model inside of it where it passes on what it does not know."""
+    outer = _parameters(model)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
+    inner = model.base_model if passes_on else None
+    return frozenset((*outer, *_parameters(inner))) if isinstance(inner, torch.nn.Module) else frozenset(outer)
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, inspect.Parameter]:
