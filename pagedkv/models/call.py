@@ -54,15 +54,17 @@ class ModelCall:
         model: the model.
         cache_argument: what it calls its cache.
         takes_positions: whether it takes ``position_ids``, so that tokens of one row can be of several sequences.
-        takes_mask: whether it takes an ``attention_mask``, so that rows can be of several lengths.
+        takes_mask: whether it takes its ``mask_argument``, so that rows can be of several lengths.
     """
+
+    mask_argument = "attention_mask"
 
     def __init__(self, model: PreTrainedModel) -> None:
         names = _argument_names(model)
         self.model = model
         self.cache_argument = model_cache_argument(model)
         self.takes_positions = "position_ids" in names
-        self.takes_mask = "attention_mask" in names
+        self.takes_mask = self.mask_argument in names
         self._keeps = "logits_to_keep" in _parameters(model)
         self._use_cache = "use_cache" in names
 

@@ -8,8 +8,9 @@ rows are equally long, and then needs no mask. It owns how a step is cut into ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.call import ModelCall
 from pagedkv.models.context import OwnAttention, activate
 from pagedkv.models.facade import DenseCache
+from pagedkv.models.pair_call import PairCall
 from pagedkv.models.probe import ModelShape, probe_dense
 from pagedkv.models.recurrence import RecurrentState
 from pagedkv.models.replacements import Replacements
@@ -27,6 +29,8 @@ from pagedkv.plan import BoolArray, Int64Array, StepPlan
 from pagedkv.storage import KVStorage, StateStorage, StepBatch
 from pagedkv.storage.pool import LayerPool
 from pagedkv.storage.slots import Slots, right_aligned_slots
+
+_Call = TypeVar("_Call", ModelCall, PairCall)
 
 # Below this length rows share a call whatever their lengths; above, only with rows less than twice as long.
 _SHORT = 128
@@ -126,6 +130,28 @@ class WantedLogits:
         return np.flatnonzero((self._places[rows.tokens] >= 0).any(axis=0))
 
 
+def probed(probe: Callable[[_Call], ModelShape], call: _Call, replacements: Replacements, *, equal: bool) -> ModelShape:
+    """The layers of a model whose own attention is to run, and what stands in for its modules made ready for that.
+
+    Args:
+        probe: finds the layers.
+        call: how to call the model.
+        replacements: what stands in.
+        equal: whether only rows of one length share a call, which needs no mask.
+
+    Raises:
+        UnsupportedModelError: the model takes no mask and needs one, or what the probe says against it.
+    """
+    if not (equal or call.takes_mask):
+        raise UnsupportedModelError(
+            f"{type(call.model).__name__}.forward takes no {call.mask_argument}: rows of several lengths cannot be told"
+        )
+    with replacements.recording():
+        shape = probe(call)
+    replacements.pack()
+    return shape
+
+
 class DenseTier:
     """Runs steps with the model's own attention.
 
@@ -149,16 +175,8 @@ class DenseTier:
 
     def __init__(self, call: ModelCall, replacements: Replacements, *, equal: bool) -> None:
         self.name = "dense-equal" if equal else "dense"
-        if not (equal or call.takes_mask):
-            raise UnsupportedModelError(
-                f"{type(call.model).__name__}.forward takes no attention_mask: rows of several lengths cannot be told"
-            )
-        self._equal = equal
-        self._call = call
-        self._replacements = replacements
-        with replacements.recording():
-            self.shape: ModelShape = probe_dense(call)
-        replacements.pack()
+        self._equal, self._call, self._replacements = equal, call, replacements
+        self.shape: ModelShape = probed(probe_dense, call, replacements, equal=equal)
         self.recurrent_state: RecurrentState = "chunked" if self.shape.states else "none"
         self._index = {layer: place for place, layer in enumerate(self.shape.layer_ids)}
 

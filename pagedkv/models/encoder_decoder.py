@@ -19,7 +19,7 @@ from torch import Tensor
 from pagedkv.errors import InvariantError, UnsupportedModelError
 from pagedkv.models.context import OwnAttention, activate
 from pagedkv.models.cross_cache import CrossCache, PairedCache
-from pagedkv.models.dense import DenseStep, Rows, WantedLogits, similar, split_rows
+from pagedkv.models.dense import DenseStep, Rows, WantedLogits, probed, similar, split_rows
 from pagedkv.models.facade import DenseCache, cross_id
 from pagedkv.models.pair_call import ANY_TOKEN, PairCall
 from pagedkv.models.pair_probe import probe_pair
@@ -57,16 +57,8 @@ class EncoderDecoderTier:
 
     def __init__(self, call: PairCall, replacements: Replacements, *, equal: bool) -> None:
         self.name = "encoder-decoder-equal" if equal else "encoder-decoder"
-        if not (equal or call.takes_mask):
-            raise UnsupportedModelError(
-                f"{type(call.model).__name__}.forward takes no decoder_attention_mask: rows of several lengths cannot be told"
-            )
-        self._equal = equal
-        self._call = call
-        self._replacements = replacements
-        with replacements.recording():
-            self.shape: ModelShape = probe_pair(call)
-        replacements.pack()
+        self._equal, self._call, self._replacements = equal, call, replacements
+        self.shape: ModelShape = probed(probe_pair, call, replacements, equal=equal)
         self._encoder = encoder = _encoder_of(self.shape)
         self._index = {layer: place for place, layer in enumerate(self.shape.layer_ids) if layer > cross_id(0)}
         self._positions = RowPositions(call.model, encoder.tables)

@@ -33,8 +33,10 @@ class PairCall:
 
     Attributes:
         model: the model.
-        takes_mask: whether it takes a ``decoder_attention_mask``, so that rows of the decoder can be of several lengths.
+        takes_mask: whether it takes its ``mask_argument``, so that rows of the decoder can be of several lengths.
     """
+
+    mask_argument = "decoder_attention_mask"
 
     def __init__(self, model: PreTrainedModel) -> None:
         name = type(model).__name__
@@ -46,7 +48,7 @@ class PairCall:
         if missing:
             raise UnsupportedModelError(f"{name}.forward takes no {' and no '.join(missing)}, which an encoder-decoder is run with")
         self.model = model
-        self.takes_mask = "decoder_attention_mask" in parameters
+        self.takes_mask = self.mask_argument in parameters
         self._output: type[ModelOutput] = BaseModelOutput  # of the encoder: some decoders ask it for more than hidden states
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self._use_cache = "use_cache" in parameters or passes_on
