@@ -125,34 +125,25 @@ def make_case(
             the second of two layer groups, whose tables differ.
         magnitude: of the queries' elements.
     """
-    size, lengths = geometry.block_size, np.asarray(seq_lens)
-    needed = -(-lengths // size)
-    spec = LayerSpec(geometry.num_kv_heads, geometry.key_dim, geometry.value_dim, group=int(garbage))
-    layers = [replace(spec, group=0), spec] if garbage else [spec]
-    num_blocks = int(needed.sum()) + 8
-    storage = KVStorage(layers, num_blocks=num_blocks, block_size=size, dtype=geometry.dtype, device=device)
-    for group in range(len(layers)):
-        storage.fill(range(1, num_blocks), _NAN, group=group)
-    top = num_blocks - 1 - torch.randperm(int(needed.sum()), generator=generator).numpy()
-    tables = np.zeros((len(seq_lens), int(needed.max())), dtype=np.int64)
+    needed = -(-np.asarray(seq_lens) // geometry.block_size)
+    storage = _storage(geometry, num_blocks=int(needed.sum()) + 8, second_group=garbage, device=device)
+    tables = _tables(storage, needed, generator)
+    past_lens = [length - num_queries for num_queries, length in zip(query_lens, seq_lens, strict=True)]
     dense, queries = [], []
-    for seq, (num_queries, length) in enumerate(zip(query_lens, seq_lens, strict=True)):
-        start = int(needed[:seq].sum())
-        tables[seq, : needed[seq]] = top[start : start + needed[seq]]
-        key = torch.randn(length, geometry.num_kv_heads, geometry.key_dim, generator=generator).to(device, geometry.dtype)
-        value = torch.randn(length, geometry.num_kv_heads, geometry.value_dim, generator=generator).to(device, geometry.dtype)
-        past = length - num_queries
-        slots = tables[seq, np.arange(past) // size] * size + np.arange(past) % size
-        storage.write(len(layers) - 1, key[:past], value[:past], torch.from_numpy(slots).to(device))
-        queries.append(torch.randn(num_queries, geometry.num_heads, geometry.key_dim, generator=generator) * magnitude)
+    for table, past, length in zip(tables, past_lens, seq_lens, strict=True):
+        key, value = (
+            torch.randn(length, geometry.num_kv_heads, width, generator=generator).to(device, geometry.dtype)
+            for width in (geometry.key_dim, geometry.value_dim)
+        )
+        _store(storage, table, key[:past], value[:past])
+        queries.append(torch.randn(length - past, geometry.num_heads, geometry.key_dim, generator=generator) * magnitude)
         dense.append((key, value))
         if drop_behind is not None:
-            _drop(storage, tables[seq], drop_behind.first_visible(past), group=len(layers) - 1)
-    past_lens = [length - num_queries for num_queries, length in zip(query_lens, seq_lens, strict=True)]
+            _drop(storage, table, drop_behind.first_visible(past))
     return Case(
         geometry=geometry,
         storage=storage,
-        batch=_batch(query_lens, seq_lens, tables, size, device, needed if garbage else None),
+        batch=_batch(query_lens, seq_lens, tables, geometry.block_size, device, needed if garbage else None),
         query=_strided(torch.cat(queries).to(device, geometry.dtype)),
         key=_strided(torch.cat([key[past:] for (key, _), past in zip(dense, past_lens, strict=True)])),
         value=_strided(torch.cat([value[past:] for (_, value), past in zip(dense, past_lens, strict=True)])),
@@ -160,16 +151,41 @@ def make_case(
     )
 
 
+def _storage(geometry: Geometry, *, num_blocks: int, second_group: bool, device: torch.device | str) -> KVStorage:
+    """A pool full of NaN for the layer, behind a layer of another group where it is to be of the second one."""
+    spec = LayerSpec(geometry.num_kv_heads, geometry.key_dim, geometry.value_dim, group=int(second_group))
+    layers = [replace(spec, group=0), spec] if second_group else [spec]
+    storage = KVStorage(layers, num_blocks=num_blocks, block_size=geometry.block_size, dtype=geometry.dtype, device=device)
+    for group in range(len(layers)):
+        storage.fill(range(1, num_blocks), _NAN, group=group)
+    return storage
+
+
+def _tables(storage: KVStorage, needed: Int64Array, generator: torch.Generator) -> Int64Array:
+    """``[S, M]`` so many blocks for each sequence, permuted, from the top of the pool."""
+    tables = np.zeros((len(needed), int(needed.max())), dtype=np.int64)
+    top = storage.layers[-1].num_blocks - 1 - torch.randperm(int(needed.sum()), generator=generator).numpy()
+    tables[np.arange(tables.shape[1]) < needed[:, None]] = top  # row after row
+    return tables
+
+
+def _store(storage: KVStorage, table: Int64Array, key: Tensor, value: Tensor) -> None:
+    """Write a sequence's first K ``[P, Hkv, Dk]`` and V ``[P, Hkv, Dv]`` to the layer that is tried."""
+    positions, size = np.arange(len(key)), storage.block_size
+    slots = torch.from_numpy(table[positions // size] * size + positions % size).to(key.device)
+    storage.write(len(storage.layers) - 1, key, value, slots)
+
+
 def _strided(packed: Tensor) -> Tensor:
     """The same ``[T, H, D]`` with the tokens of a head side by side."""
     return packed.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def _drop(storage: KVStorage, table: Int64Array, first_visible: int, *, group: int) -> None:
+def _drop(storage: KVStorage, table: Int64Array, first_visible: int) -> None:
     """Take what lies before a position from one sequence."""
     size, pool = storage.block_size, storage.layers[-1]
     gone = first_visible // size
-    storage.fill(table[:gone], _NAN, group=group)
+    storage.fill(table[:gone], _NAN, group=pool.spec.group)
     table[:gone] = 0
     for position in range(gone * size, first_visible):
         block = int(table[position // size])

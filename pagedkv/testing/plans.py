@@ -44,36 +44,28 @@ def make_plan(
     >>> plan.slot_mapping.tolist(), plan.positions.tolist(), plan.num_decodes
     ([[21, 16, 17, 18]], [5, 0, 1, 2], 1)
     """
-    queries = np.asarray(query_lens, dtype=np.int32)
-    lengths = np.asarray(seq_lens, dtype=np.int32)
+    queries, lengths = np.asarray(query_lens, dtype=np.int32), np.asarray(seq_lens, dtype=np.int32)
     tables = _tables(block_tables)
-    num_seqs = len(queries)
     _check(queries, lengths, tables=tables, block_size=block_size)
-    cumulative = np.zeros(num_seqs + 1, dtype=np.int32)
-    np.cumsum(queries, out=cumulative[1:])
-    num_tokens = int(cumulative[-1])
-    owner = np.repeat(np.arange(num_seqs), queries)
-    positions = np.arange(num_tokens, dtype=np.int32) - cumulative[owner] + (lengths - queries)[owner]
+    ends = np.cumsum(queries, dtype=np.int32)
+    every = np.arange(len(queries), dtype=np.int64)
+    owner = np.repeat(every, queries)
+    positions = np.arange(len(owner), dtype=np.int32) + (lengths - ends)[owner]
     slots = tables[:, owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    tokens = np.zeros(num_tokens, dtype=np.int32) if token_ids is None else np.asarray(token_ids, dtype=np.int32)
-    if tokens.shape != (num_tokens,):
-        raise InvalidRequestError(f"token_ids {list(tokens.shape)}: one for each of {num_tokens} tokens is needed")
-    longer = np.flatnonzero(queries > 1)
-    every = np.arange(num_seqs, dtype=np.int64)
     return StepPlan(
         step=0,
         seqs=every,
         rows=every,
-        token_ids=tokens,
-        positions=positions.astype(np.int32),
+        token_ids=_token_ids(token_ids, len(owner)),
+        positions=positions,
         query_lens=queries,
         seq_lens=lengths,
-        cu_seqlens_q=cumulative,
+        cu_seqlens_q=np.append(np.int32(0), ends),
         slot_mapping=slots,
         block_tables=tables,
         copies=tuple(np.zeros((0, 2), dtype=np.int32) for _ in tables),
-        num_decodes=int(longer[0]) if len(longer) else num_seqs,
-        logits_indices=cumulative[1:].astype(np.int64) - 1,
+        num_decodes=int(np.argmax(np.append(queries > 1, True))),  # those before the first that is longer
+        logits_indices=ends.astype(np.int64) - 1,
         sampling_seqs=every,
         sampling_logits=every,
     )
@@ -87,6 +79,13 @@ def _check(queries: Int32Array, lengths: Int32Array, *, tables: Int32Array, bloc
         raise InvalidRequestError(f"query lengths {queries.tolist()} must lie between 1 and the sequence lengths {lengths.tolist()}")
     if -(-int(lengths.max()) // block_size) > tables.shape[2]:
         raise InvalidRequestError(f"tables of {tables.shape[2]} blocks of {block_size} are too short for {int(lengths.max())} tokens")
+
+
+def _token_ids(given: Ints | None, count: int) -> Int32Array:
+    tokens = np.zeros(count, dtype=np.int32) if given is None else np.asarray(given, dtype=np.int32)
+    if tokens.shape != (count,):
+        raise InvalidRequestError(f"token_ids {list(tokens.shape)}: one for each of {count} tokens is needed")
+    return tokens
 
 
 def _tables(block_tables: Sequence[Sequence[int]] | npt.NDArray[np.integer]) -> Int32Array:
