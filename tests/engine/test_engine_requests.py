@@ -193,3 +193,12 @@ def test_outputs_of_a_step_come_in_a_fixed_order(runner: ModelRunner) -> None:
     first = order()
     assert order() == first
     assert all(len(set(ids)) == len(ids) for ids in first), "one output for a request and step"
+
+
+def test_request_that_does_not_stream_delivers_its_end_alone_though_each_token_is_looked_at(runner: ModelRunner) -> None:
+    engine = new_engine(runner)
+    engine.add_request("silent", PROMPTS[0], greedy(5, logprobs=1), stream=False)
+    delivered = []
+    while engine.has_unfinished:
+        delivered += step(engine)
+    assert [(output.finished, len(output.outputs[0].token_ids)) for output in delivered] == [(True, 5)]
