@@ -288,8 +288,6 @@ class Engine:
             with self._change:
                 if plan is not None and sampled is not None:
                     self._book(plan, sampled)
-                else:
-                    self._outbox.collect()
                 return self._outbox.take()
         except BaseException:
             self._undo()
@@ -355,6 +353,8 @@ class Engine:
         if plan is not None:
             self._scheduler.undo(plan)
             self._change.depth = 0  # what was entered had changed nothing
+            with self._change:
+                self._outbox.collect()  # who was aborted during the step has ended now
 
     def _book(self, plan: StepPlan, sampled: SampledTokens) -> None:
         """Make a step count, and hand on what it brought."""

@@ -264,3 +264,23 @@ def test_engine_after_close_refuses_work_and_closing_again_is_allowed(runner: Mo
     assert isinstance(ClosedError("x"), PagedKVError)
     assert engine.abort("it") is True
     assert engine.abort("it") is False
+
+
+def test_end_of_who_was_aborted_during_a_step_that_failed_is_delivered(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(runner)
+    engine.add_request("only", PROMPTS[0], greedy())
+    step(engine)
+
+    def abort_and_fail(*_: object) -> None:
+        assert engine.abort("only")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "forward", abort_and_fail)
+    with pytest.raises(StepError):
+        engine.step()
+    assert engine.has_unfinished
+    (output,) = engine.step()
+    assert output.finished
+    assert output.outputs[0].finish_reason == "abort"
+    assert len(output.outputs[0].token_ids) == 1
+    assert engine.num_blocks_in_use == 0
