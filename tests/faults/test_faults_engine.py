@@ -100,7 +100,7 @@ def test_each_refused_allocation_of_a_pool_is_told_and_nothing_is_kept() -> None
     layers = [LayerSpec(1, 4, 4)] * 3
 
     def work(fault: Fault) -> KVStorage:
-        with failing_calls(torch, "zeros", fault):
+        with failing_calls(torch, "empty", fault):
             return KVStorage(layers, num_blocks=4, block_size=2, dtype=torch.float32, device="cpu")
 
     def refusing(fault: Fault) -> KVStorage:
