@@ -142,6 +142,7 @@ class Response:
     source: Source | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])  # nothing comes before the first token
+    _shown: tuple[tuple[int, ...], tuple[int, ...] | None] | None = None
 
     @property
     def num_source_tokens(self) -> int:
@@ -184,11 +185,11 @@ class Response:
         prompt_logprobs = tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
         branches = sorted(record.branches, key=lambda one: one.index) if self.pooler is None else []
         pooled = self.pooler is not None and record.finished and all(branch.finish_reason == "length" for branch in record.branches)
-        prompt = self.begins_with if self.source is None else self.source.token_ids
+        prompt_token_ids, decoder_prompt_token_ids = self._prompts()
         return RequestOutput(
             request_id=record.request.request_id,
             prompt=self.text,
-            prompt_token_ids=() if self.embeds is not None else tuple(prompt.tolist()),
+            prompt_token_ids=prompt_token_ids,
             outputs=tuple(self.completion(branch.index).output(branch) for branch in branches),
             num_cached_tokens=record.num_cached_tokens,
             metrics=RequestMetrics(
@@ -203,8 +204,15 @@ class Response:
             prompt_logprobs=prompt_logprobs,
             error=record.error or next((each.failure for each in self.completions.values() if each.failure), None),
             embedding=self.pooler.result() if self.pooler is not None and pooled else None,
-            decoder_prompt_token_ids=None if self.source is None else tuple(self.begins_with.tolist()),
+            decoder_prompt_token_ids=decoder_prompt_token_ids,
         )
+
+    def _prompts(self) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """The prompt, and that of a decoder behind an encoder, as all outputs share them: a stream has one for each of its tokens."""
+        if self._shown is None:
+            begins = () if self.embeds is not None else tuple(self.begins_with.tolist())
+            self._shown = (begins, None) if self.source is None else (tuple(self.source.token_ids.tolist()), begins)
+        return self._shown
 
 
 def _with_texts(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprobs:

@@ -61,6 +61,12 @@ def test_stream_checks_its_arguments_before_the_first_output_is_asked_for(llm: L
         llm.stream([[5], []], greedy())
 
 
+def test_outputs_of_a_stream_share_one_copy_of_the_prompt(llm: LLM) -> None:
+    first, *others = llm.stream([[5, 6, 7, 8]], greedy(4))
+    assert first.prompt_token_ids == (5, 6, 7, 8)
+    assert [output.prompt_token_ids is first.prompt_token_ids for output in others] == [True] * 3
+
+
 def test_streams_in_turns_each_get_their_own_outputs(llm: LLM, model: PreTrainedModel) -> None:
     prompts = ([5, 6, 7, 8], [9, 10], [30, 31, 32])
     streams = [llm.stream([prompt], greedy(4 + index)) for index, prompt in enumerate(prompts)]
