@@ -72,8 +72,8 @@ SETTINGS = table(
     ("window of another kind", ConfigError, "window kind is 'round': it must be one of sliding, chunked", lambda _: Window("round", 4)),  # type: ignore[arg-type]
     ("pool of one block", ConfigError, "num_blocks is 1", lambda _: BlockPool(1)),
     ("pool of text", ConfigError, "num_blocks is '4'", lambda _: BlockPool("4")),  # type: ignore[arg-type]
-    ("pool beyond int32", ConfigError, "num_blocks is 2147483648", lambda _: BlockPool(2**31)),
-    ("cache beyond int32", ConfigError, "num_blocks is 2147483648", lambda _: PrefixCache(2**31, block_size=2)),
+    ("pool beyond int32", ConfigError, "it must be at most 2147483647", lambda _: BlockPool(2**62)),
+    ("cache beyond int32", ConfigError, "it must be at most 2147483647", lambda _: PrefixCache(2**62, block_size=2)),
     (
         "cache of blocks beyond int32",
         ConfigError,

@@ -204,6 +204,8 @@ def test_extend_one_beyond_what_is_known_is_refused() -> None:
     manager.extend(opened.seqs, 1)
     with pytest.raises(InvalidRequestError, match=r"cannot reserve 1 tokens: .*\[0, 1\]"):
         manager.extend(opened.seqs, 1)
+    with pytest.raises(InvalidRequestError, match=r"cannot reserve \[2\] tokens: .* unreserved, \[1\]$"):
+        manager.extend(opened.seqs[1:], [2])
 
 
 @pytest.mark.parametrize("num_blocks", [[4, 9], [9, 4]])

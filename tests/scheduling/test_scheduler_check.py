@@ -94,7 +94,8 @@ def test_check_a_trunk_and_the_rows_kept_for_its_forks_are_counted() -> None:
     step(scheduler)
     scheduler.check()
     scheduler._running.num_reserved_rows -= 1
-    with pytest.raises(InvariantError, match=r"counted \(1, 0, 1, 1, 0\), found \(1, 0, 1, 2, 0\)"):
+    names = "running, waiting, trunks, rows kept for forks, preempted before"
+    with pytest.raises(InvariantError, match=rf"^scheduler: {names}: counted \(1, 0, 1, 1, 0\), found \(1, 0, 1, 2, 0\), and 0 in"):
         scheduler.check()
 
 
