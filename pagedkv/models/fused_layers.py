@@ -193,9 +193,9 @@ class FusedLayer:
         cos, sin = position_embeddings
         if x.dtype is not self._dtype or x.shape[0] != 1 or not are_angles(cos, sin, x.dtype, x.shape[1], self._attention.width):
             return None
-        if not self._norms_fit(x) or not all(product.usable() for product in self._products):
-            return None
         qkv, output, gate_up, down = self._products
+        if not (self._norms_fit(x) and qkv.usable() and output.usable() and gate_up.usable() and down.usable()):
+            return None
         middle = output.whole(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask), x)
         both = gate_up.whole(self._normed(1, middle))
         gate, up = both[..., : self._inner], both[..., self._inner :]

@@ -152,8 +152,10 @@ class PackedProduct:
                     self._pack()
                     break
             else:
-                if self._without_bias and any(parameters.get("bias") is not None for parameters in self._without_bias):
-                    self._pack()
+                for parameters in self._without_bias:
+                    if parameters.get("bias") is not None:
+                        self._pack()
+                        break
         return self.reason is None
 
     @property
