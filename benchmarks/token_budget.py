@@ -131,8 +131,9 @@ def _arrival(runner: ModelRunner, budget: int, args: argparse.Namespace) -> Arri
     engine = _engine(runner, budget, args.prompt + args.streams * (STREAM_PROMPT + most_steps) + 16, args.streams + 1)
     for stream in range(args.streams):
         engine.add_request(f"stream {stream}", rng.choices(range(runner.vocab_size), k=STREAM_PROMPT), params)
-    while engine.statistics().num_generated_tokens < args.streams:
-        engine.step()
+    waiting = {f"stream {stream}" for stream in range(args.streams)}
+    while waiting:
+        waiting -= {output.request_id for output in engine.step()}
     steady = [_step(engine)[0] for _ in range(STEADY_STEPS)]
     engine.add_request("long", rng.choices(range(runner.vocab_size), k=args.prompt), params)
     seconds: list[float] = []
