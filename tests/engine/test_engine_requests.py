@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
+import torch
 from engine_support import PROMPTS, Prompt, greedy, new_engine, run_all, step, tokens_of
 
 from pagedkv.engine import Engine
@@ -202,3 +205,23 @@ def test_request_that_does_not_stream_delivers_its_end_alone_though_each_token_i
     while engine.has_unfinished:
         delivered += step(engine)
     assert [(output.finished, len(output.outputs[0].token_ids)) for output in delivered] == [(True, 5)]
+
+
+def test_embeddings_are_let_go_of_when_their_request_has_ended_and_its_row_is_another_s(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, as_prompt_embeds = [], runner.as_prompt_embeds
+
+    def noted(values: object) -> torch.Tensor:
+        embeds = as_prompt_embeds(values)
+        held.append(weakref.ref(embeds))
+        return embeds
+
+    monkeypatch.setattr(runner, "as_prompt_embeds", noted)
+    engine = new_engine(runner, max_num_seqs=1)
+    width = runner.model.get_input_embeddings().weight.shape[1]
+    for name, prompt in (("embeddings", {"prompt_embeds": torch.ones(3, width)}), ("tokens", PROMPTS[0])):
+        engine.add_request(name, prompt, greedy(2))  # type: ignore[arg-type]
+        run_all(engine)
+    gc.collect()
+    assert [each() for each in held] == [None]
