@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import cast
 
 import pytest
 import torch
 from engine_support import PROMPTS, FailingBackend, Prompt, generate, greedy, new_engine, run_all, step, tokens_of
+from state_models import state_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pagedkv.engine import Engine, EngineConfig
 from pagedkv.errors import ClosedError, InvalidRequestError, InvariantError, PagedKVError, StepError, UnsupportedModelError
 from pagedkv.models import ModelRunner
 from pagedkv.outputs import RequestOutput
-from pagedkv.sampling import SamplingParams
+from pagedkv.sampling import Sampler, SamplingParams
+from pagedkv.testing.faults import Fault, failing_calls
 from pagedkv.testing.models import tiny_model
 from pagedkv.testing.poison import PoisonBackend
 
@@ -284,3 +287,23 @@ def test_end_of_who_was_aborted_during_a_step_that_failed_is_delivered(runner: M
     assert output.outputs[0].finish_reason == "abort"
     assert len(output.outputs[0].token_ids) == 1
     assert engine.num_blocks_in_use == 0
+
+
+def test_state_goes_along_with_each_row_once_though_the_step_of_its_fork_fails_twice() -> None:
+    runner = ModelRunner(state_model("lfm2"), block_size=4)
+
+    def serve(failing_steps: tuple[int, ...]) -> list[tuple[int, ...]]:
+        engine = new_engine(runner, 16, max_num_seqs=2, max_model_len=32)
+        engine.add_request("fork", (5, 9, 31, 60, 7, 8), SamplingParams(seed=3, n=2, max_tokens=5, ignore_eos=True))
+        outputs: list[RequestOutput] = []
+        for number in count():
+            if number in failing_steps:  # after state went along, before the rows are taken from the scheduler
+                with failing_calls(Sampler, "add", Fault(1)), pytest.raises(StepError):
+                    engine.step()
+                continue
+            outputs += step(engine)
+            if not engine.has_unfinished:
+                return tokens_of(outputs[-1])
+        raise AssertionError
+
+    assert serve((1, 2)) == serve(())

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pagedkv import LLM, SamplingParams, plan_memory
 from pagedkv.errors import ClosedError, ConfigError, InvalidRequestError, PoolAllocationError, RequestTooLargeError, StepError
+from pagedkv.models import ModelRunner
 from pagedkv.models.memory import free_memory
 from pagedkv.scheduling import Scheduler
 from pagedkv.testing.faults import Fault, failing_calls
@@ -227,3 +228,13 @@ def test_engine_that_an_interrupt_has_broken_is_replaced_for_the_next_work(model
         assert llm.engine is not engine
         assert llm.engine.num_usable_blocks == engine.num_usable_blocks
         assert llm.engine.num_blocks_in_use == 0
+
+
+def test_work_after_a_larger_pool_was_refused_starts_afresh(model: PreTrainedModel) -> None:
+    refusal = Fault(0, error=lambda: PoolAllocationError("no memory for the larger one"))
+    with make_llm(model, None) as llm:
+        llm.generate([[5, 6, 7]], greedy(5), use_tqdm=False)
+        with failing_calls(ModelRunner, "new_storage", refusal), pytest.raises(PoolAllocationError, match="larger one"):
+            llm.generate([[5, 6, index] for index in range(9)], greedy(12), use_tqdm=False)
+        (output,) = llm.generate([[5, 6, 7]], greedy(5), use_tqdm=False)
+        assert output.outputs[0].token_ids == generate(model, [5, 6, 7], 5)
