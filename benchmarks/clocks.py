@@ -12,9 +12,14 @@ Kind = str | Callable[[Any], str]  # of work; or what tells it from the object w
 
 
 class Clocks:
-    """Seconds of each kind of work since ``reading`` began. They stand still outside of it, where a wrapped function costs a test."""
+    """Seconds of each kind of work since ``reading`` began. They stand still outside of it, where a wrapped function costs a test.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
         self._seconds: dict[str, float] = {}
         self._kinds: list[str] = []
         self._since = 0.0
@@ -69,16 +74,16 @@ class Clocks:
         setattr(owner, name, clocked)
 
     def _start(self, kind: str) -> None:
-        now = perf_counter()
+        now = self._clock()
         if self._kinds:
             self._count(now)
         self._kinds.append(kind)
-        self._since = perf_counter()
+        self._since = self._clock()
 
     def _stop(self) -> None:
-        self._count(perf_counter())
+        self._count(self._clock())
         self._kinds.pop()
-        self._since = perf_counter()
+        self._since = self._clock()
 
     def _count(self, now: float) -> None:
         kind = self._kinds[-1]

@@ -10,7 +10,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -68,9 +68,10 @@ def main() -> None:
     report = Report("step profile: where the time of a step goes", args.json)
     report.note(
         f"model {args.model}, {torch.get_num_threads()} threads, {args.context} tokens of context, seed {args.seed}, {args.repeats} steps"
+        + ", processor time" * args.cpu_time
         + ", quick" * args.quick
     )
-    clocks, heads = Clocks(), set[int]()
+    clocks, heads = Clocks(_clock(args)), set[int]()
     _put_in_place(clocks, heads)
     tokenizer = tokenizer_by_name(args.model)
     for dtype in args.dtypes:
@@ -97,10 +98,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill step")
     parser.add_argument("--repeats", type=int, default=30, help="steps that are measured with clocks, and as many without")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, with one thread: others disturb it less")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time needs --threads 1: it is the main thread's")
     if args.quick:
         args.repeats, args.running, args.context, args.prefill = 2, (1, 4), 16, 32
     return args
+
+
+def _clock(args: argparse.Namespace) -> Callable[[], float]:
+    return thread_time if args.cpu_time else perf_counter
 
 
 def _put_in_place(clocks: Clocks, heads: set[int]) -> None:
@@ -123,7 +131,7 @@ def _decodes(
         engine.add_request(str(index), rng.choices(range(runner.vocab_size), k=args.context), params)
     while engine.statistics().num_generated_tokens < 2 * count:
         engine.step()
-    measured = [_measured(engine, clocks) for _ in range(args.repeats)]
+    measured = [_measured(engine, clocks, _clock(args)) for _ in range(args.repeats)]
     engine.close()
     return measured
 
@@ -141,7 +149,7 @@ def _prefills(
 
     measured = []
     for _ in range(1 + max(2, args.repeats // 4)):
-        measured.append(_measured(engine, clocks, submit))
+        measured.append(_measured(engine, clocks, _clock(args), submit))
     engine.close()
     return measured[1:]
 
@@ -152,15 +160,15 @@ def _engine(runner: ModelRunner, tokenizer: PreTrainedTokenizerBase | None, *, n
     return Engine(runner, config, tokenizer=tokenizer)
 
 
-def _measured(engine: Engine, clocks: Clocks, prepare: Callable[[], object] = lambda: None) -> dict[str, float]:
+def _measured(engine: Engine, clocks: Clocks, clock: Callable[[], float], prepare: Callable[[], object] = lambda: None) -> dict[str, float]:
     """Seconds of one step, whole and by kinds, and of the next one without clocks."""
     prepare()
     with clocks.reading(LOOP) as seconds:
         engine.step()
     prepare()
-    began = perf_counter()
+    began = clock()
     engine.step()
-    return {**seconds, WHOLE: sum(seconds.values()), PLAIN: perf_counter() - began}
+    return {**seconds, WHOLE: sum(seconds.values()), PLAIN: clock() - began}
 
 
 def _write(report: Report, dtype: str, columns: dict[str, list[dict[str, float]]]) -> None:
