@@ -37,6 +37,5 @@ class Quantised:
 
 def quantised(weight: Tensor) -> Quantised:
     """Round ``weight [N, K]``, each output's so that the largest becomes 127. The scale is not finite where a weight is not."""
-    largest = weight.float().abs().amax(1)
-    scale = torch.where(largest < torch.finfo(torch.float32).tiny * _MOST, 1.0, largest / _MOST)  # any will do where all are zero
+    scale = (weight.float().abs().amax(1) / _MOST).clamp_min(torch.finfo(torch.float32).tiny)  # of an output that is all zero, no zero
     return Quantised((weight.float() / scale[:, None]).round().to(torch.int8), scale)
