@@ -125,7 +125,7 @@ def test_attend_long_chunks_in_bfloat16_match_dense_attention(
 MANY_HEADS = [(11, 3, 40, 72), (11, 3, 64, 96), (3, 8, 96, 32), (17, 1, 32, 64), (2, 9, 32, 32)]
 
 
-@pytest.mark.parametrize("block_size", [1, 16, 64])
+@pytest.mark.parametrize("block_size", [pytest.param(1, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", MANY_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("build", RUNNABLE)

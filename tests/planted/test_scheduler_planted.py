@@ -12,6 +12,7 @@ from planting import Plant, changed
 
 from pagedkv.core import KVCacheManager, Window
 from pagedkv.engine import Engine
+from pagedkv.outbox import Outbox
 from pagedkv.plan import Int32Array, Int64Array, StepPlan
 from pagedkv.sampling import Sampler, SamplingParams
 from pagedkv.scheduling import Assignment, Branch, Scheduler
@@ -93,10 +94,10 @@ def positions_from_zero(right: Callable[..., StepPlan], builder: PlanBuilder, st
     return replace(plan, positions=np.where(chunk, np.arange(plan.num_tokens) - starts, plan.positions).astype(np.int32))
 
 
-def deliver_only_what_streams(right: Callable[..., None], engine: Engine, touched: dict[str, None]) -> None:
+def deliver_only_what_streams(right: Callable[..., None], outbox: Outbox, touched: dict[str, None]) -> None:
     if not touched:
-        engine._scheduler.take_ended()
-    right(engine, touched)
+        outbox._scheduler.take_ended()
+    right(outbox, touched)
 
 
 def forget_stops_of_the_preempted(right: Callable[..., None], running: RunningSet, branch: Branch) -> None:
@@ -186,7 +187,7 @@ BUGS: Mapping[str, Plant] = {
     "a sequence samples from its neighbour's logits": changed(PlanBuilder, "build", sample_from_a_neighbour),
     "a chunk does not count what came before it": changed(PlanBuilder, "build", lengths_of_chunks_alone),
     "a chunk's positions begin at zero": changed(PlanBuilder, "build", positions_from_zero),
-    "who ends without a token is not delivered": changed(Engine, "_deliver", deliver_only_what_streams),
+    "who ends without a token is not delivered": changed(Outbox, "_collect", deliver_only_what_streams),
     "a preempted request forgets its stop tokens": changed(RunningSet, "add", forget_stops_of_the_preempted),
     "a preempted request may be longer": changed(RunningSet, "add", count_anew_after_preemption),
     "tokens go to each other's sequences": changed(Scheduler, "complete", tokens_for_each_other),
