@@ -26,7 +26,7 @@ struct PairRowScratch {
   Pair* value;        // [Dv / LANES][UNIT / 2][LANES] of one unit
   float* scores;      // [LANES][STRIDE]
   bfloat16* weights;  // [heads][2][group][PART]: rounded, and what rounding took away
-  float* out;         // [heads][Dv / LANES][2][group][LANES], columns in the order of ``pair_rows``
+  float* out;         // [heads][Dv / LANES][2][group][LANES], columns in the order of ``pair_values``
   uintptr_t end;      // of the memory that is used
 
   PairRowScratch(const Step& step, uintptr_t memory) : end((memory + 63) / 64 * 64) {
