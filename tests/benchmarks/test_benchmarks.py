@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_scripts import run_script
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 COMMON = {"title", "command", "date", "machine", "load_average_before", "load_average_after", "tables", "figures", "notes", "wall_s"}
@@ -17,9 +18,9 @@ COMMON = {"title", "command", "date", "machine", "load_average_before", "load_av
 
 def run(script: str, folder: Path, *options: str) -> dict[str, Any]:
     path = folder / "figures.json"
-    command = [sys.executable, str(FOLDER / script), "--quick", "--seed", "1", "--json", str(path), *options]
+    shared = ("--quick", "--seed", "1", "--json", str(path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = run_script(FOLDER / script, *shared, *options, folder=Path.cwd(), environment=environment, timeout_s=300)
     assert done.returncode == 0, f"{script} {options}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     content: dict[str, Any] = json.loads(path.read_text())
     assert set(content) >= COMMON, f"{script}: missing {COMMON - set(content)}"
@@ -211,7 +212,7 @@ def test_isolated_calls_that_hang_or_die_are_lost_and_the_others_answer(tmp_path
         "from isolation import run_isolated",
         "import isolated_calls",
         "if __name__ == '__main__':",
-        "    answers = dict(run_isolated(isolated_calls.call, [('hang',), ('die',), ('answer',)], jobs=3, timeout_s=5.0))",
+        "    answers = dict(run_isolated(isolated_calls.call, [('hang',), ('die',), ('answer',)], jobs=3, timeout_s=3.0))",
         "    assert answers[0].reason.startswith('hangs'), answers",
         "    assert answers[1].reason == 'dies (exit code 7)', answers",
         "    assert answers[2] == 'answer', answers",

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from warm_scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -25,12 +26,23 @@ def needs_weights(test: Callable[[Path], None]) -> Callable[[Path], None]:
 
 def run_example(name: str, *arguments: str, folder: Path) -> str:
     """The example's output; everything it prints if it fails."""
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    done = run_script(EXAMPLES / name, *arguments, folder=folder, environment=environment, timeout_s=600, warnings_are_errors=True)
+    return _output(name, done.returncode, done.stdout, done.stderr)
+
+
+def run_without_torch(name: str, *, folder: Path) -> str:
+    """The output of an example that says itself that torch was not imported: in an interpreter that has imported nothing."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MPLBACKEND": "agg", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600)
-    assert done.returncode == 0, f"{name} {' '.join(arguments)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    return _output(name, done.returncode, done.stdout, done.stderr)
+
+
+def _output(name: str, returncode: int | None, stdout: str, stderr: str) -> str:
+    assert returncode == 0, f"{name} ended with {returncode}\n{stdout}\n{stderr}"
+    return stdout
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -42,13 +54,13 @@ def test_example_is_short_and_says_how_to_run_it(path: Path) -> None:
 
 
 def test_bookkeeping_only_runs_without_torch(tmp_path: Path) -> None:
-    output = run_example("01_bookkeeping_only.py", folder=tmp_path)
+    output = run_without_torch("01_bookkeeping_only.py", folder=tmp_path)
     assert "all 6 outputs are right, and torch was not imported" in output
     assert "its copy" in output
 
 
 def test_windowed_layers_hold_their_window_and_find_prefixes(tmp_path: Path) -> None:
-    output = run_example("08_windowed_layers.py", folder=tmp_path)
+    output = run_without_torch("08_windowed_layers.py", folder=tmp_path)
     assert "finds 32,768, and holds [2048, 64] blocks" in output
 
 
