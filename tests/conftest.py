@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sweep-seconds") is not None:
         config.pluginmanager.register(Sweep(config.getoption("--sweep-seconds")), "sweep")
+    if config.getoption("numprocesses", None):  # only hands out tests: its workers need not wait until it has imported torch
+        return
     try:
         import torch
     except ImportError:  # the bookkeeping is tested without it

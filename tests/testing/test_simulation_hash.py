@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from warm_scripts import run_script
 
 import pagedkv
 from pagedkv.engine import Engine
@@ -38,15 +39,18 @@ def test_many_simulated_lives_keep_every_promise(block: int) -> None:
         simulate(seed, num_requests=5 + seed % 20)
 
 
-@pytest.mark.parametrize(
-    ("options", "hash_seed"),
-    [
-        ([], "random"),
-        pytest.param([], "0", marks=pytest.mark.slow),
-        pytest.param([], "1", marks=pytest.mark.slow),
-        pytest.param(["-O"], "random", marks=pytest.mark.slow),  # slow where no bytecode of torch is kept for it
-    ],
-)
+def test_same_seed_gives_the_same_plans_in_another_process(tmp_path: Path) -> None:
+    script = tmp_path / "digests.py"
+    script.write_text(f"{DIGESTS}; print(hash('a'))")
+    done = run_script(script, folder=tmp_path, environment=os.environ, timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    digests, hashed = done.stdout.splitlines()
+    assert digests == str([simulate(seed).digest for seed in range(8)])
+    assert int(hashed) != hash("a") or "PYTHONHASHSEED" in os.environ, "both hash alike, which may be why they plan alike"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "hash_seed"), [([], "random"), ([], "0"), ([], "1"), (["-O"], "random")])
 def test_same_seed_gives_the_same_plans_in_every_interpreter(options: list[str], hash_seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(pagedkv.__file__).parents[1])}
     command = [sys.executable, *options, "-c", DIGESTS]
