@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagedkv.attention.mask import Mask
 from pagedkv.attention.native.calls import AttendCall, JoinedRows, Work, check_joined, filled
+from pagedkv.attention.native.decoder import DecoderLayer
 from pagedkv.attention.native.library import ITEM_NBYTES, Library, Loaded, RowsStruct, StepStruct, load_library
 from pagedkv.attention.native.operations import DTYPES
 from pagedkv.attention.protocol import AttendOptions, AttentionSpec, StepAttention, check_query, check_write
@@ -19,6 +20,7 @@ from pagedkv.errors import ConfigError, InvalidRequestError, UnsupportedBackendE
 from pagedkv.storage.batch import StepBatch
 from pagedkv.storage.pool import LayerPool
 
+_LINE = 64  # bytes of the processor's cache that are read as one
 _MAX_DIM = 1024  # what a tile's packed K and V are sized for
 
 
@@ -159,6 +161,68 @@ class CpuBackend:
             pool.value.data_ptr(),
             output.data_ptr(),
             self._scratch.data_ptr(),
+        )
+        return output
+
+    def run_layer(
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        pool: LayerPool,
+        step: StepAttention,
+        options: AttendOptions,
+        *,
+        num_heads: int,
+    ) -> Tensor:
+        """One decoder layer with its ``attend_joined`` in one call.
+
+        Args:
+            layer: its weights, packed for this build.
+            x: ``[T, H]`` contiguous, bfloat16.
+            cosines: as ``attend_joined`` takes them, like what follows.
+            sines: likewise.
+            pool: the layer's.
+            step: what ``plan`` returned for this step.
+            options: mask, scale and variants.
+            num_heads: ``Hq``.
+
+        Returns:
+            ``[T, H]``.
+
+        Raises:
+            InvalidRequestError: shapes that do not fit the layer, the pool or the step.
+        """
+        if not isinstance(step, _CpuStep):
+            raise InvalidRequestError(f"the step was planned by another backend, as {type(step).__name__}")
+        call = step.joined(self, pool, options, num_heads)
+        num_tokens, width = call.shape
+        if x.shape != (num_tokens, layer.hidden_size) or x.dtype is not torch.bfloat16 or not x.is_contiguous():
+            raise InvalidRequestError(
+                f"rows are {x.dtype} {list(x.shape)}, strides {x.stride()}: contiguous bfloat16 {[num_tokens, layer.hidden_size]} is needed"
+            )
+        if pool.dtype is not torch.bfloat16 or layer.num_joined != width or layer.build != self.build:
+            raise InvalidRequestError(
+                f"the layer makes {layer.num_joined} numbers a token by the build {layer.build!r}: the pool of {pool.dtype} takes {width}"
+                f" by {self.build!r}"
+            )
+        output = torch.empty_like(x)
+        rows_nbytes = -(-num_tokens * layer.row_nbytes // _LINE) * _LINE
+        if rows_nbytes + call.scratch_nbytes > self._scratch.numel():
+            self._grow(rows_nbytes + call.scratch_nbytes)
+        scratch = self._scratch.data_ptr()
+        self._library.functions.pagedkv_decoder_layer(
+            layer.address,
+            call.address,
+            x.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            pool.key.data_ptr(),
+            pool.value.data_ptr(),
+            output.data_ptr(),
+            scratch,
+            scratch + rows_nbytes,
         )
         return output
 

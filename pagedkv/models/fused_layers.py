@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from pagedkv.attention.native.decoder import DecoderLayer, NormWeights
 from pagedkv.attention.native.operations import Operations
 from pagedkv.models.context import AttentionCall, active_step
 from pagedkv.models.facade import CacheFacade
@@ -121,6 +122,7 @@ class FusedLayer:
         self._products = tuple(packed[key].product for key in (attention.products[0], attention.output, found.gate, found.down))
         self._gate_first = packed[found.gate].place == 0
         self._form = found.form
+        self._native: DecoderLayer | None = None
         sizes = [size // attention.width for size in self._products[0].sizes]
         self._num_heads, self._num_turned = sizes[0], sizes[0] + sizes[1]
         self._inner = self._products[2].sizes[0]
@@ -196,12 +198,40 @@ class FusedLayer:
         qkv, output, gate_up, down = self._products
         if not (self._norms_fit(x) and qkv.usable() and output.usable() and gate_up.usable() and down.usable()):
             return None
+        at_once = self._at_once(step, x, cos[0], sin[0], attention_mask)
+        if at_once is not None:
+            return at_once
         middle = output.whole(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask), x)
         both = gate_up.whole(self._normed(1, middle))
         gate, up = both[..., : self._inner], both[..., self._inner :]
         if not self._gate_first:
             gate, up = up, gate
         return down.whole(self._operations.gate(gate, up, self._form), middle)
+
+    def _at_once(self, step: PagedStep, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor | None:
+        """All of the layer in one native call; None, with nothing done, where there is none."""
+        native = self._native_layer()
+        if native is None or not x.is_contiguous():
+            return None
+        attention, scale = self._attention, vars(self._attention_module)[self._attention.scale]
+        rows = step.run_layer(native, x[0], cos, sin, mask=mask, scale=scale, num_heads=self._num_heads, layer_idx=attention.layer_idx)
+        return None if rows is None else rows[None]
+
+    def _native_layer(self) -> DecoderLayer | None:
+        """The layer's weights as they are now, if their build has a call for all of it."""
+        products = tuple(product.pairs for product in self._products)
+        norms = [(parameters["weight"], attributes[found.epsilon]) for parameters, attributes, found in self._norms]
+        known = self._native
+        if known is not None and known.products == products and all(
+            norm.weight is weight and norm.epsilon == epsilon for norm, (weight, epsilon) in zip(known.norms, norms, strict=True)
+        ):
+            return known
+        gated = products[2]
+        if not self._gate_first or any(product is None for product in products) or gated is None or not gated.is_in_halves:
+            return None
+        first, second = (NormWeights(weight, epsilon, found.form) for (weight, epsilon), (_, _, found) in zip(norms, self._norms, strict=True))
+        self._native = DecoderLayer((first, second), products, self._form)
+        return self._native
 
     def _normed(self, which: int, x: Tensor) -> Tensor:
         parameters, attributes, found = self._norms[which]

@@ -1,10 +1,12 @@
-"""Products with repacked weights: one oneDNN multiplication for one linear layer, or for several that read the same input.
+"""Products with repacked weights: one multiplication for one linear layer, or for several that read the same input.
+
+Weights of bfloat16 are multiplied by the native library where its build can, others by oneDNN.
 
 Owns the packed copies, the watch over the weights they were made from, and the product kept between the layers of a group.
 It does not own which layers are packed nor how a model comes to use them (``packed_linears.py``), nor how weights become eight bits
 (``int8_weights.py``).
 
-The operators are private to torch (its compiler emits them), so nothing is taken for granted: they are looked up, tried per
+The operators of oneDNN are private to torch (its compiler emits them), so nothing is taken for granted: they are looked up, tried per
 dtype, and every packed weight is compared with ``F.linear`` before it is used.
 """
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pagedkv.attention.native.library import Library
-from pagedkv.attention.native.products import Int8Product
+from pagedkv.attention.native.products import Int8Product, PairProduct
 from pagedkv.models.int8_weights import quantised
 
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
@@ -71,22 +73,27 @@ class PackedProduct:
 
     Args:
         linears: of one input size and one dtype on the CPU; several are merged, in the order in which the model calls them.
+        library: the native library; None: oneDNN multiplies everything.
 
     Attributes:
         reason: why the product cannot be used (any more), or None. It is set, never raised: a layer can always do without.
         nbytes: bytes of the packed copies, without oneDNN's padding; they may be wider than the weights, see ``product_dtype``.
         weight_error: of weights of eight bits, see ``Quantised``; None where the copies are exact.
+        pairs: the product by the native library, where that is exact and of any number of rows; else None.
 
     Cost: packing reads and writes the weights once and runs 21 rows through them, packed and plain.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], library: Library | None = None) -> None:
         self.linears = tuple(linears)
         self.reason: str | None = None
         self.nbytes = 0
         self.weight_error: float | None = None
-        self._int8_library: Library | None = None
+        self.pairs: PairProduct | None = None
+        self._library = library
+        self._is_quantised = False
         self._int8: Int8Product | None = None
+        self._pairs: PairProduct | None = None  # also where weights of eight bits go before it
         self._most_int8_numbers = 0
         self._last = len(self.linears) - 1
         self._sizes = [linear.out_features for linear in self.linears]
@@ -100,9 +107,9 @@ class PackedProduct:
         self._multiply_add: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.binary
         self._pack()
 
-    def quantise(self, library: Library) -> None:
-        """Round the weights to eight bits, and multiply those from now on: by the library for few rows, by oneDNN for more."""
-        self._int8_library = library
+    def quantise(self) -> None:
+        """Round the weights to eight bits, and multiply those from now on: by the native library, as such for few rows."""
+        self._is_quantised = True
         self._pack()
 
     def result(self, x: Tensor, place: int) -> Tensor | None:
@@ -170,6 +177,8 @@ class PackedProduct:
         """
         if self._int8 is not None and x.numel() <= self._most_int8_numbers:
             return self._int8(x, added)
+        if self._pairs is not None:
+            return self._pairs(x, added)
         if x.dtype is not self._dtype:
             product = self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
             return product if added is None else product.add_(added)
@@ -189,7 +198,7 @@ class PackedProduct:
         except (RuntimeError, TypeError, AttributeError) as error:  # a dtype, shapes, no memory; another signature; no weight
             self.reason = f"packing failed: {str(error).splitlines()[0]}"
         if self.reason is not None:
-            self._weight = self._bias = self._int8 = self.weight_error = None
+            self._weight = self._bias = self._int8 = self._pairs = self.pairs = self.weight_error = None
             self.nbytes = 0
 
     def _packed(self) -> str | None:
@@ -208,20 +217,30 @@ class PackedProduct:
         merged = weights[0] if self._last == 0 else torch.cat(weights)
         bias = self._merged_bias(weights, biases)
         self.nbytes = 0
-        if self._int8_library is not None:
+        if self._is_quantised:
             rounded = quantised(merged)
             if not bool(rounded.scale.isfinite().all()):
                 return "its weights are not finite and cannot be rounded to eight bits"
-            self._int8 = Int8Product(rounded.weight, rounded.scale, None if bias is None else bias.float(), self._int8_library)
+            if self._library is None:
+                return "the native library is missing"
+            self._int8 = Int8Product(rounded.weight, rounded.scale, None if bias is None else bias.float(), self._library)
             self._most_int8_numbers = _MOST_INT8_ROWS[self._dtype.itemsize] * merged.shape[1]
             self.nbytes, self.weight_error = self._int8.nbytes, rounded.error(merged)
             merged = rounded.dequantised(merged.dtype)  # for more rows, the same numbers as far as that holds them
             weights = list(torch.split(merged, self._sizes))
-        packed = merged.to(self._dtype)
+        self.nbytes += self._multiplied_exactly(merged, bias)
+        self.pairs = None if self._is_quantised else self._pairs
+        return self._difference(weights, biases)
+
+    def _multiplied_exactly(self, weight: Tensor, bias: Tensor | None) -> int:
+        """Pack for whoever multiplies weights as they are; returns the bytes."""
+        if self._library is not None and PairProduct.fits(weight, self._library):
+            self._pairs = PairProduct(weight, bias, self._library)
+            return self._pairs.nbytes
+        packed = weight.to(self._dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(packed, None)
         self._bias = None if bias is None else bias.to(self._dtype)
-        self.nbytes += packed.nbytes + (self._bias.nbytes if self._bias is not None else 0)
-        return self._difference(weights, biases)
+        return packed.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def _merged_bias(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
         if all(bias is None for bias in biases):

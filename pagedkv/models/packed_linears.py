@@ -127,10 +127,11 @@ class PackedLinears:
         self._stand_ins: list[tuple[dict[str, nn.Module | None], str, nn.Linear, PackedLinear]] = []
         self._reason = "pack_linears is False" if wanted is False else _why_not_at_all(model)
         self._library: Library | None = None
-        if self._reason is None and wanted == "int8":
+        if self._reason is None:
             loaded = load_library()
             self._library = loaded.library
-            self._reason = None if self._library else f"the native library is missing: {'; '.join(loaded.reasons)}"
+            if wanted == "int8" and self._library is None:
+                self._reason = f"the native library is missing: {'; '.join(loaded.reasons)}"
         if self._reason is None:
             self._census = take_census(model)
             self._reason = None if self._census.found else "the model has no linear layer that can be packed"
@@ -172,7 +173,7 @@ class PackedLinears:
         groups = self._worthwhile(self._census.groups())
         self._census.calls.clear()
         for members in groups:
-            product = PackedProduct([found.linear for found in members])
+            product = PackedProduct([found.linear for found in members], self._library)
             self._products.append((product, members))
             if product.reason is None:
                 for place, found in enumerate(members):
@@ -191,10 +192,10 @@ class PackedLinears:
 
         Cost: that of packing.
         """
-        if self._library is None:
+        if self._wanted != "int8":
             return False
         for product, _ in self._products:
-            product.quantise(self._library)
+            product.quantise()
         if all(product.reason is not None for product, _ in self._products):
             self._reason = f"no layer's weights could be rounded: {next(iter(self.report.plain.values()))}"
         self._refuse_if_wanted()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pagedkv.attention import AttendOptions, AttentionBackend, Mask, StepAttention
 from pagedkv.attention.cpu_backend import CpuBackend
+from pagedkv.attention.native.decoder import DecoderLayer
 from pagedkv.attention.ragged import attend_ragged
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import AttentionCall, MaskFunction
@@ -123,11 +124,27 @@ class PagedStep:
         """
         if type(self.backend) is not CpuBackend or not (cosines.is_contiguous() and sines.is_contiguous()):
             return None
-        pool = self._new_layer(layer_idx, rows.shape[0], rows)
-        self.attended.add(layer_idx)
-        options = self.options.plain(mask, scale)
-        self._check_kept(pool, layer_idx, options)
+        pool, options = self._plain_layer(layer_idx, rows, mask, scale)
         return self.backend.attend_joined(rows, cosines, sines, pool, self.attention, options, num_heads=num_heads)
+
+    def run_layer(
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        *,
+        mask: Tensor | None,
+        scale: float,
+        num_heads: int,
+        layer_idx: int,
+    ) -> Tensor | None:
+        """A whole decoder layer, ``[T, H]`` of ``x [T, H]``; None as for ``attend_joined``."""
+        backend = self.backend
+        if type(backend) is not CpuBackend or backend.build != layer.build or not (cosines.is_contiguous() and sines.is_contiguous()):
+            return None
+        pool, options = self._plain_layer(layer_idx, x, mask, scale)
+        return backend.run_layer(layer, x, cosines, sines, pool, self.attention, options, num_heads=num_heads)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""
@@ -144,6 +161,13 @@ class PagedStep:
         self.written.add(layer_idx)
         self._latest = layer_idx
         return self.pools[place]
+
+    def _plain_layer(self, layer_idx: int, rows: Tensor, mask: Tensor | None, scale: float) -> tuple[LayerPool, AttendOptions]:
+        pool = self._new_layer(layer_idx, rows.shape[0], rows)
+        self.attended.add(layer_idx)
+        options = self.options.plain(mask, scale)
+        self._check_kept(pool, layer_idx, options)
+        return pool, options
 
     def _attend(self, call: AttentionCall, layer: int) -> Tensor:
         self.attended.add(layer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-_ABI = 4
+_ABI = 5
 
 
 class StepStruct(ctypes.Structure):
@@ -69,12 +69,21 @@ class JoinedStruct(ctypes.Structure):
 
 
 class ProductStruct(ctypes.Structure):
-    """``Product`` of products.h: rows, and weights of eight bits."""
+    """``Product`` of products.h: rows, and packed weights."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "added", "out")),
-        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs")),
-        *((name, ctypes.c_int32) for name in ("num_rows", "dtype")),
+        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs", "num_rows")),
+        *((name, ctypes.c_int32) for name in ("dtype", "layout", "halves", "gate")),
+    )
+
+
+class DecoderStruct(ctypes.Structure):
+    """``Decoder`` of decoder.h: the norms and products of one layer."""
+
+    _fields_ = (
+        *((name, LayerStruct) for name in ("first_norm", "second_norm")),
+        *((name, ProductStruct) for name in ("joined", "output", "gated", "down")),
     )
 
 
@@ -199,6 +208,8 @@ def _open(build: Build) -> ctypes.CDLL | str:
             "pagedkv_layer_nbytes",
             "pagedkv_joined_nbytes",
             "pagedkv_product_nbytes",
+            "pagedkv_decoder_nbytes",
+            "pagedkv_multiplies_pairs",
         ):
             getattr(functions, name).restype = ctypes.c_int32
         sizes = (
@@ -208,10 +219,11 @@ def _open(build: Build) -> ctypes.CDLL | str:
             functions.pagedkv_layer_nbytes(),
             functions.pagedkv_joined_nbytes(),
             functions.pagedkv_product_nbytes(),
+            functions.pagedkv_decoder_nbytes(),
         )
     except (OSError, AttributeError) as error:
         return f"cannot be loaded, reinstall pagedkv: {error}"
-    if sizes != (_ABI, *map(ctypes.sizeof, (StepStruct, RowsStruct, LayerStruct, JoinedStruct, ProductStruct))):
+    if sizes != (_ABI, *map(ctypes.sizeof, (StepStruct, RowsStruct, LayerStruct, JoinedStruct, ProductStruct, DecoderStruct))):
         return "was built for another version: reinstall pagedkv"
     if build.permission is not None and getattr(functions, build.permission)() != 0:
         return "the system does not let this process use its instructions"
@@ -226,6 +238,8 @@ def _open(build: Build) -> ctypes.CDLL | str:
     functions.pagedkv_write.restype = None
     functions.pagedkv_attend_joined.argtypes = (pointer,) * 8
     functions.pagedkv_attend_joined.restype = number
+    functions.pagedkv_decoder_layer.argtypes = (pointer,) * 10
+    functions.pagedkv_decoder_layer.restype = number
     for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate", "pagedkv_multiply"):
         getattr(functions, name).argtypes = (pointer, number)
         getattr(functions, name).restype = number

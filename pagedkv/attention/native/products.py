@@ -1,4 +1,4 @@
-"""Products with weights of eight bits by the native library.
+"""Products with packed weights by the native library: of eight bits for few rows, in pairs of bfloat16 for any number.
 
 Owns the layout of the weights in memory and the way from tensors to the library. It owns neither how weights become eight bits
 (``pagedkv.models.int8_weights``) nor where in a model the products are used.
@@ -15,6 +15,8 @@ from pagedkv.attention.native.library import Library, ProductStruct
 from pagedkv.attention.native.operations import DTYPES
 
 _REGISTERS = 4  # of outputs that lie side by side, as products.h has them
+_BYTES, _PAIRED = 0, 1  # layouts, as products.h numbers them
+_TILE, _DEPTH = 16, 32  # outputs and inputs of one tile of pairs
 
 
 class Int8Product:
@@ -61,6 +63,69 @@ class Int8Product:
             self._num_outputs,
             rows.numel() // self._num_inputs,
             DTYPES[x.dtype],
+            _BYTES,
+            0,
+            -1,
         )
+        self._multiply(ctypes.addressof(product), torch.get_num_threads())
+        return out
+
+
+class PairProduct:
+    """``x @ weight.T + bias`` of bfloat16: sums in float32 in the order of the inputs, rounded once.
+
+    Args:
+        weight: ``[N, K]`` bfloat16, for which ``fits`` holds.
+        bias: ``[N]`` bfloat16, or None.
+        library: what computes.
+
+    Attributes:
+        nbytes: of the packed weights and the bias.
+        struct: of the product, but for its rows.
+        library: what computes.
+        is_in_halves: whether outputs of the first half lie beside those of the second, so that one can be a gate of the other.
+
+    A row's result is the same bits whatever rows are beside it. Holds nothing that changes, so that threads may share one. Cost of a
+    call: reads every weight once from memory.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, library: Library) -> None:
+        self._num_outputs, self._num_inputs = weight.shape
+        self.is_in_halves = self._num_outputs % (2 * _TILE) == 0
+        if self.is_in_halves:
+            tiles = weight.unflatten(0, (2, -1, _TILE)).transpose(0, 1)
+        else:
+            tiles = torch.nn.functional.pad(weight, (0, 0, 0, -self._num_outputs % (2 * _TILE))).unflatten(0, (-1, 2, _TILE))
+        # [P, 2, 16 outputs, K / 32, 16 pairs, 2] to [P, K / 32, 2, 16 pairs, 16 outputs, 2]
+        self._weight = tiles.unflatten(3, (-1, _DEPTH // 2, 2)).permute(0, 3, 1, 4, 2, 5).contiguous()
+        self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -self._num_outputs % (2 * _TILE)))
+        self.nbytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        self.library = library
+        self.struct = ProductStruct(
+            weight=self._weight.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            num_inputs=self._num_inputs,
+            num_outputs=self._num_outputs,
+            dtype=DTYPES[torch.bfloat16],
+            layout=_PAIRED,
+            halves=self.is_in_halves,
+            gate=-1,
+        )
+        self._multiply = library.functions.pagedkv_multiply
+
+    @staticmethod
+    def fits(weight: Tensor, library: Library) -> bool:
+        """Whether weights are such that this build multiplies them in pairs."""
+        known = weight.dtype is torch.bfloat16 and weight.shape[1] % _DEPTH == 0
+        return known and bool(library.functions.pagedkv_multiplies_pairs())
+
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """``[..., N]`` of ``x [..., K]``, bfloat16 on the CPU; ``added [..., N]`` is added before the result is rounded. Not checked."""
+        rows, more = x.contiguous(), None if added is None else added.contiguous()
+        out = x.new_empty((*x.shape[:-1], self._num_outputs))
+        product = ProductStruct.from_buffer_copy(self.struct)
+        product.x, product.out = rows.data_ptr(), out.data_ptr()
+        product.added = None if more is None else more.data_ptr()
+        product.num_rows = rows.numel() // self._num_inputs
         self._multiply(ctypes.addressof(product), torch.get_num_threads())
         return out

@@ -193,10 +193,10 @@ static void weigh_units(const Step& step, const Item& item, const Units& units, 
           _tile_loadd(0, out, 64);
           _tile_loadd(1, out + size, 64);
         }
-        _tile_loadd(5, value, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, value + UNIT / 2 * LANES, 64);
-        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(6, value, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, value + UNIT / 2 * LANES, 64);
+        _tile_dpbf16ps(1, 4, 7);
         _tile_stored(0, out, 64);
         _tile_stored(1, out + size, 64);
       }

@@ -39,13 +39,14 @@ INLINE void transpose16(__m512i* x) {
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 
-// While it lives, all eight tiles are of 64 bytes a row: the first five of ``rows`` rows, the others of 16.
+// While it lives, all eight tiles are of 64 bytes a row: 0, 1 and 4 of ``rows`` rows, 2, 3 and 5 of ``more``, 6 and 7 of 16.
 struct Tiles {
-  explicit Tiles(int rows = 16) {
+  explicit Tiles(int rows = 16, int more = 16) {
     alignas(64) uint8_t config[64] = {1};
+    const int of[8] = {rows, rows, more, more, rows, more, 16, 16};
     for (int tile = 0; tile < 8; tile++) {
       config[16 + 2 * tile] = 64;
-      config[48 + tile] = tile < 5 ? rows : 16;
+      config[48 + tile] = of[tile];
     }
     __asm__ volatile("" : : "r"(config) : "memory");  // GCC takes no more than eight bytes to be read
     _tile_loadconfig(config);

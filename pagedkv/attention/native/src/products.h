@@ -12,22 +12,31 @@ constexpr int OUTPUTS = 4 * LANES;                 // that lie side by side in m
 constexpr int ROWS_AT_ONCE = LANES == 16 ? 6 : 2;  // what fits into the registers: 4 sums a row, and the weights
 constexpr int WEIGHTS_AHEAD = 2048;                // prefetched: a core alone asks for too little memory at a time
 
+// How weights lie in memory, P the panels that hold N outputs, what is behind them of any value.
+enum Layout : int32_t {
+  BYTES = 0,  // [P, K, OUTPUTS] int8
+  PAIRED = 1,  // [P, K / 32, 2, 16, 16] pairs of bfloat16: inputs by 32, two tiles of sixteen outputs
+};
+
 // Mirrored field by field in library.py.
 struct Product {
-  const float* x;        // [M, K]
-  const int8_t* weight;  // [P, K, OUTPUTS], P the panels that hold N outputs, what is behind them of any value
-  const float* scale;    // [P * OUTPUTS]
-  const float* bias;     // [P * OUTPUTS] or null
-  const void* added;     // [M, N] or null
-  void* out;             // [M, N]
-  int64_t num_inputs, num_outputs;
-  int32_t num_rows, dtype;  // dtype: of added and out
+  const void* x;       // [M, K], float32 for bytes
+  const void* weight;  // as ``layout`` says
+  const float* scale;  // [P * OUTPUTS], of bytes
+  const float* bias;   // as many as the panels hold, or null
+  const void* added;   // [M, N] or null
+  void* out;           // [M, N], or [M, N / 2] through a gate
+  int64_t num_inputs, num_outputs, num_rows;
+  int32_t dtype;  // of added and out
+  int32_t layout;
+  int32_t halves;  // whether a panel holds outputs of the first half beside those of the second
+  int32_t gate;    // a form of gate of the first half, by which the second is multiplied; -1: none
 };
 
 template <class T, int M>
 INLINE void multiply_rows(const Product& p, int64_t panel, int first_row) {
-  const int8_t* weight = p.weight + panel * p.num_inputs * OUTPUTS;
-  const float* x = p.x + first_row * p.num_inputs;
+  const int8_t* weight = (const int8_t*)p.weight + panel * p.num_inputs * OUTPUTS;
+  const float* x = (const float*)p.x + first_row * p.num_inputs;
   Floats sums[M][4] = {};
   for (int64_t k = 0; k < p.num_inputs; k++, weight += OUTPUTS) {
     __builtin_prefetch(weight + WEIGHTS_AHEAD);

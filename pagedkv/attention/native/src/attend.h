@@ -1,0 +1,95 @@
+// Attention of one step: its items and merges, shared out to threads.
+#pragma once
+
+#include "work.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+constexpr int64_t SERIAL_COST = 20000;  // below so much work, waking other threads costs more than it gives
+
+template <class T>
+static void write_rows(const Step& step, int seq, int kv_head, int first_row, int num_rows, int heads, Sums sums) {
+  const int group = heads ? num_rows : step.group();  // rows of one query
+  for (int r = 0; r < num_rows; r++) {
+    const int row = first_row + r, head = kv_head * step.group() + row % group;
+    float total = sums.sum[r], factor = 1;
+    if (step.sinks) {
+      const float sink = step.sinks[head] * LOG2E, most = sink > sums.most[r] ? sink : sums.most[r];
+      factor = exp2(splat(sums.most[r] - most))[0];
+      total = total * factor + exp2(splat(sink - most))[0];
+    }
+    factor /= total;
+    T* out = (T*)step.output + (step.cu_seqlens_q[seq] + row / group) * step.output_stride[0] + head * step.output_stride[1];
+    const float* value = sums.value + (size_t)r * sums.stride;
+    int d = 0;
+    if (heads)
+      for (; d + 2 * LANES <= step.value_dim; d += 2 * LANES) store_two(out + d, {load(value + d) * splat(factor), load(value + d + LANES) * splat(factor)});
+    for (; d < step.value_dim; d += LANES) {
+      const Floats x = load(value + d) * splat(factor);
+      if (d + LANES <= step.value_dim) store(out + d, x);
+      else store_part(out + d, x, step.value_dim - d);
+    }
+  }
+}
+
+INLINE Sums sums_at(const Step& step, float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows, sums_stride(step)}; }
+
+template <class T>
+static void run_item(const Step& step, const Item& item, float* scratch, float* partials, int64_t partial_rows) {
+  const size_t head = partial_floats(step, tile_rows(step));
+  float* place = item.partial < 0 ? scratch : partials + partial_floats(step, partial_rows) * item.partial;
+  const Sums sums = sums_at(step, place, item.num_rows);
+  if (item.heads) attend_few<T>(step, item, scratch + head, sums);
+  else attend_many<T>(step, item, scratch + head, sums);
+  if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, item.heads, sums);
+}
+
+template <class T>
+static void run_merge(const Step& step, const Merge& merge, float* partials, int64_t partial_rows) {
+  const size_t size = partial_floats(step, partial_rows);
+  const Sums into = sums_at(step, partials + size * merge.first_partial, merge.num_rows);
+  for (int p = 1; p < merge.num_partials; p++) {
+    const Sums more = sums_at(step, partials + size * (merge.first_partial + p), merge.num_rows);
+    for (int r = 0; r < merge.num_rows; r++) {
+      const float most = into.most[r] > more.most[r] ? into.most[r] : more.most[r];
+      if (most == MINUS_INFINITY) continue;
+      const float a = exp2(splat(into.most[r] - most))[0], b = exp2(splat(more.most[r] - most))[0];
+      into.sum[r] = into.sum[r] * a + more.sum[r] * b;
+      into.most[r] = most;
+      float *x = into.value + (size_t)r * into.stride, *y = more.value + (size_t)r * into.stride;
+      for (int d = 0; d < into.stride; d += LANES) store(x + d, fma(load(y + d), splat(b), load(x + d) * splat(a)));
+    }
+  }
+  write_rows<T>(step, merge.seq, merge.kv_head, 0, merge.num_rows, merge.heads, into);
+}
+
+INLINE size_t thread_floats(const Step& step) {
+  const size_t rows = decode_scratch(step) / sizeof(float) + 1;
+  return (partial_floats(step, tile_rows(step)) + std::max(rows, tile_floats(step)) + 64) / 16 * 16;
+}
+
+// What ``pagedkv_plan`` counted.
+struct Counts {
+  int64_t items, merges, partials, partial_rows;
+};
+
+INLINE bool is_worth_threads(const Step& step, const Item* items, int64_t num_items) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_items && total < SERIAL_COST; i++) total += cost(items[i]) * step.key_dim / 64;
+  return total >= SERIAL_COST;
+}
+
+// To be called by all threads of a parallel region, or by none.
+template <class T>
+static void attend_all(const Step& step, const Item* items, const Merge* merges, const Counts& counts, float* scratch) {
+  float* mine = scratch + (partial_floats(step, counts.partial_rows) * counts.partials + 15) / 16 * 16 + thread_floats(step) * THREAD;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < counts.items; i++) run_item<T>(step, items[i], mine, scratch, counts.partial_rows);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < counts.merges; i++) run_merge<T>(step, merges[i], scratch, counts.partial_rows);
+}

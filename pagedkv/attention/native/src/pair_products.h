@@ -1,0 +1,184 @@
+// Products of bfloat16 with weights packed in pairs: on AMX tiles where the build has them, else by AVX-512 BF16. Few rows wait for their weights, which are read once
+// and ahead of their use; many find them in the cache, one block of rows after the other.
+//
+// A row's sums are made in the order of the inputs whatever rows are beside it and however many threads run, so neither changes a bit.
+#pragma once
+
+#include "layers.h"
+#include "pairs.h"
+#include "products.h"
+
+#if defined(PAIRS)
+
+constexpr int TILE = 16;                   // outputs, or pairs of inputs, or rows of x, of one tile
+constexpr int TILE_PAIRS = TILE * LANES;
+constexpr int TILES_AHEAD = 8;             // prefetched: a core alone asks for too little memory at a time
+constexpr int CHUNK_ROWS = 256;            // of x, that stay in the cache while a thread's weights pass
+
+// Sixteen rows' sums of sixteen outputs, beside those of the panel's other sixteen.
+typedef float PanelSums[2][LANES];
+
+INLINE void prefetch_tile(const Pair* weight) {
+  for (int line = 0; line < TILE; line++) __builtin_prefetch(weight + TILES_AHEAD * TILE_PAIRS + line * LANES);
+}
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+
+constexpr int ROWS_TOGETHER = 2 * TILE;  // of x, multiplied with both tiles of a panel at once
+
+// sums[BLOCKS * TILE] of BLOCKS tiles of x with a panel.
+template <int BLOCKS, bool AHEAD>
+INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* weight, PanelSums* sums) {
+  const size_t stride = num_inputs * sizeof(bfloat16);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (BLOCKS == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < num_inputs; k += DEPTH, weight += 2 * TILE_PAIRS) {
+    _tile_loadd(4, x + k, stride);
+    _tile_loadd(6, weight, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (AHEAD) prefetch_tile(weight);
+    _tile_loadd(7, weight + TILE_PAIRS, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (AHEAD) prefetch_tile(weight + TILE_PAIRS);
+    if (BLOCKS == 2) {
+      _tile_loadd(5, x + TILE * num_inputs + k, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums[0][0], sizeof *sums);
+  _tile_stored(1, sums[0][1], sizeof *sums);
+  if (BLOCKS == 2) {
+    _tile_stored(2, sums[TILE][0], sizeof *sums);
+    _tile_stored(3, sums[TILE][1], sizeof *sums);
+  }
+  __asm__ volatile("" : : "r"(sums) : "memory");  // compilers do not know that tiles are stored
+}
+
+// Calls ``finish(first row, rows, sums)`` for each block of some rows of x with a panel.
+template <class Finish>
+INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, Finish finish) {
+  alignas(64) PanelSums sums[ROWS_TOGETHER];
+  const int64_t whole = num_rows / ROWS_TOGETHER * ROWS_TOGETHER, rest = num_rows - whole;
+  if (whole) {
+    const Tiles tiles;
+    for (int64_t row = 0; row < whole; row += ROWS_TOGETHER) {
+      if (row == 0) multiply_tiles<2, true>(x, num_inputs, weight, sums);
+      else multiply_tiles<2, false>(x + row * num_inputs, num_inputs, weight, sums);
+      finish(row, ROWS_TOGETHER, sums);
+    }
+  }
+  if (rest) {
+    const Tiles tiles(std::min<int>(rest, TILE), std::max<int>(rest - TILE, 1));
+    if (rest > TILE) multiply_tiles<2, true>(x + whole * num_inputs, num_inputs, weight, sums);
+    else multiply_tiles<1, true>(x + whole * num_inputs, num_inputs, weight, sums);
+    finish(whole, (int)rest, sums);
+  }
+}
+
+#else
+
+constexpr int ROWS_TOGETHER = 12;  // of x: with their sums, two registers of weights and one of x, they fill the registers
+
+template <int ROWS, bool AHEAD>
+INLINE void multiply_rows_of_pairs(const bfloat16* x, int64_t num_inputs, const Pair* weight, PanelSums* sums) {
+  __m512 sum[ROWS][2] = {};
+  for (int64_t k = 0; k < num_inputs; k += DEPTH, weight += 2 * TILE_PAIRS) {
+    if (AHEAD) {
+      prefetch_tile(weight);
+      prefetch_tile(weight + TILE_PAIRS);
+    }
+    for (int pair = 0; pair < TILE; pair++) {
+      const __m512bh first = (__m512bh)_mm512_loadu_si512(weight + pair * LANES), second = (__m512bh)_mm512_loadu_si512(weight + TILE_PAIRS + pair * LANES);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; r++) {
+        int both;
+        memcpy(&both, x + r * num_inputs + k + 2 * pair, sizeof both);
+        const __m512bh input = (__m512bh)_mm512_set1_epi32(both);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], input, first);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], input, second);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int tile = 0; tile < 2; tile++) store(sums[r][tile], (Floats)sum[r][tile]);
+}
+
+// As above, for as many rows as there are, at most ROWS.
+template <bool AHEAD, int ROWS = ROWS_TOGETHER>
+INLINE void multiply_some(const bfloat16* x, int rows, int64_t num_inputs, const Pair* weight, PanelSums* sums) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return multiply_some<AHEAD, ROWS - 1>(x, rows, num_inputs, weight, sums);
+  multiply_rows_of_pairs<ROWS, AHEAD>(x, num_inputs, weight, sums);
+}
+
+template <class Finish>
+INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, Finish finish) {
+  alignas(64) PanelSums sums[ROWS_TOGETHER];
+  for (int64_t row = 0; row < num_rows; row += ROWS_TOGETHER) {
+    const int rows = (int)std::min<int64_t>(num_rows - row, ROWS_TOGETHER);
+    if (row == 0) multiply_some<true>(x, rows, num_inputs, weight, sums);
+    else multiply_some<false>(x + row * num_inputs, rows, num_inputs, weight, sums);
+    finish(row, rows, sums);
+  }
+}
+
+#endif
+
+// Sixteen sums of a row to where they go.
+INLINE void finish_outputs(const Product& p, const float* sums, int64_t row, int64_t output) {
+  const int count = (int)std::min<int64_t>(p.num_outputs - output, LANES);
+  if (count <= 0) return;
+  const int64_t place = row * p.num_outputs + output;
+  Floats result = load(sums);
+  if (p.bias) result += load(p.bias + output);
+  if (p.added) result += count == LANES ? load((const bfloat16*)p.added + place) : load_part((const bfloat16*)p.added + place, count);
+  if (count == LANES) store((bfloat16*)p.out + place, result);
+  else store_part((bfloat16*)p.out + place, result, count);
+}
+
+// The same of sixteen outputs of each half, rounded before and after the gate as the model's code does it.
+INLINE void finish_gated(const Product& p, const PanelSums& sums, int64_t row, int64_t output) {
+  const int64_t half = p.num_outputs / 2;
+  Floats gate = load(sums[0]), up = load(sums[1]);
+  if (p.bias) {
+    gate += load(p.bias + output);
+    up += load(p.bias + half + output);
+  }
+  gate = Rounded<bfloat16>::of(gate);
+  gate = Rounded<bfloat16>::of(p.gate == SILU ? silu(gate) : gelu_tanh(gate));
+  store((bfloat16*)p.out + row * half + output, gate * Rounded<bfloat16>::of(up));
+}
+
+// Some rows with one panel.
+static void multiply_pair_panel(const Product& p, int64_t panel, int64_t first_row, int64_t num_rows) {
+  const Pair* weight = (const Pair*)p.weight + panel * (p.num_inputs / DEPTH) * 2 * TILE_PAIRS;
+  const int64_t first = panel * (p.halves ? TILE : 2 * TILE), second = first + (p.halves ? p.num_outputs / 2 : TILE);
+  const auto finish = [&](int64_t row, int rows, const PanelSums* sums) {
+    row += first_row;
+    for (int r = 0; r < rows; r++) {
+      if (p.gate >= 0) {
+        finish_gated(p, sums[r], row + r, first);
+      } else {
+        finish_outputs(p, sums[r][0], row + r, first);
+        finish_outputs(p, sums[r][1], row + r, second);
+      }
+    }
+  };
+  multiply_blocks((const bfloat16*)p.x + first_row * p.num_inputs, num_rows, p.num_inputs, weight, finish);
+}
+
+// To be called by all threads of a parallel region, or by none.
+static void multiply_all_pairs(const Product& p) {
+  const int64_t panels = (p.num_outputs + 2 * TILE - 1) / (2 * TILE);
+  for (int64_t row = 0; row < p.num_rows; row += CHUNK_ROWS) {
+#pragma omp for schedule(static) nowait
+    for (int64_t panel = 0; panel < panels; panel++) multiply_pair_panel(p, panel, row, std::min<int64_t>(p.num_rows - row, CHUNK_ROWS));
+  }
+}
+
+#endif
