@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagedkv.attention.mask import Mask
 from pagedkv.attention.native.calls import AttendCall, JoinedRows, Work, check_joined, filled
-from pagedkv.attention.native.decoder import DecoderLayer
+from pagedkv.attention.native.decoder import DecoderRun
 from pagedkv.attention.native.library import ITEM_NBYTES, Library, Loaded, RowsStruct, StepStruct, load_library
 from pagedkv.attention.native.operations import DTYPES
 from pagedkv.attention.protocol import AttendOptions, AttentionSpec, StepAttention, check_query, check_write
@@ -164,62 +164,52 @@ class CpuBackend:
         )
         return output
 
-    def run_layer(
-        self,
-        layer: DecoderLayer,
-        x: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        pool: LayerPool,
-        step: StepAttention,
-        options: AttendOptions,
-        *,
-        num_heads: int,
+    def run_decoders(
+        self, run: DecoderRun, x: Tensor, cosines: Tensor, sines: Tensor, step: StepAttention, options: AttendOptions, *, num_heads: int
     ) -> Tensor:
-        """One decoder layer with its ``attend_joined`` in one call.
+        """Decoder layers one after the other, with their ``attend_joined``, in one call.
 
         Args:
-            layer: its weights, packed for this build.
+            run: the layers, packed for this build, and their pools.
             x: ``[T, H]`` contiguous, bfloat16.
             cosines: as ``attend_joined`` takes them, like what follows.
             sines: likewise.
-            pool: the layer's.
             step: what ``plan`` returned for this step.
-            options: mask, scale and variants.
+            options: mask, scale and variants of all layers.
             num_heads: ``Hq``.
 
         Returns:
-            ``[T, H]``.
+            ``[layers, T, H]``, what each layer makes of what the one before it made.
 
         Raises:
-            InvalidRequestError: shapes that do not fit the layer, the pool or the step.
+            InvalidRequestError: shapes that do not fit the layers, the pools or the step.
         """
         if not isinstance(step, _CpuStep):
             raise InvalidRequestError(f"the step was planned by another backend, as {type(step).__name__}")
+        first, pool = run.layers[0], run.pools[0]
         call = step.joined(self, pool, options, num_heads)
         num_tokens, width = call.shape
-        if x.shape != (num_tokens, layer.hidden_size) or x.dtype is not torch.bfloat16 or not x.is_contiguous():
+        if x.shape != (num_tokens, first.hidden_size) or x.dtype is not torch.bfloat16 or not x.is_contiguous():
             raise InvalidRequestError(
-                f"rows are {x.dtype} {list(x.shape)}, strides {x.stride()}: contiguous bfloat16 {[num_tokens, layer.hidden_size]} is needed"
+                f"rows are {x.dtype} {list(x.shape)}, strides {x.stride()}: contiguous bfloat16 {[num_tokens, first.hidden_size]} is needed"
             )
-        if pool.dtype is not torch.bfloat16 or layer.num_joined != width or layer.build != self.build:
+        if pool.dtype is not torch.bfloat16 or first.num_joined != width or first.build != self.build:
             raise InvalidRequestError(
-                f"the layer makes {layer.num_joined} numbers a token by the build {layer.build!r}: the pool of {pool.dtype} takes {width}"
+                f"a layer makes {first.num_joined} numbers a token by the build {first.build!r}: the pool of {pool.dtype} takes {width}"
                 f" by {self.build!r}"
             )
-        output = torch.empty_like(x)
-        rows_nbytes = -(-num_tokens * layer.row_nbytes // _LINE) * _LINE
+        output = x.new_empty(len(run.layers), *x.shape)
+        rows_nbytes = -(-num_tokens * run.row_nbytes // _LINE) * _LINE
         if rows_nbytes + call.scratch_nbytes > self._scratch.numel():
             self._grow(rows_nbytes + call.scratch_nbytes)
         scratch = self._scratch.data_ptr()
-        self._library.functions.pagedkv_decoder_layer(
-            layer.address,
+        self._library.functions.pagedkv_run_decoders(
+            run.address,
+            len(run.layers),
             call.address,
             x.data_ptr(),
             cosines.data_ptr(),
             sines.data_ptr(),
-            pool.key.data_ptr(),
-            pool.value.data_ptr(),
             output.data_ptr(),
             scratch,
             scratch + rows_nbytes,

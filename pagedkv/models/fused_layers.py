@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from pagedkv.attention.native.decoder import DecoderLayer, NormWeights
 from pagedkv.attention.native.operations import Operations
 from pagedkv.models.context import AttentionCall, active_step
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.fused_modules import Fused, GatedMlp, Norm
 from pagedkv.models.fused_rotation import are_angles
 from pagedkv.models.layer_proofs import Attention, as_attention, order_of_norms
+from pagedkv.models.native_layer import NativeLayer
 from pagedkv.models.packed_linears import PackedLinear, PackedLinears
 from pagedkv.models.stand_ins import Place, is_plain, stand_in_for
 from pagedkv.models.step import PagedStep
@@ -96,6 +96,7 @@ class FusedLayer:
         places: as those of ``Fused``.
         stand_in: what takes the places during a step.
         linears: ids of its linear layers, which need no stand-ins of their own.
+        native: the layer as the native library runs it, where its products are of the kind for that; None where they never are.
     """
 
     def __init__(
@@ -122,10 +123,10 @@ class FusedLayer:
         self._products = tuple(packed[key].product for key in (attention.products[0], attention.output, found.gate, found.down))
         self._gate_first = packed[found.gate].place == 0
         self._form = found.form
-        self._native: DecoderLayer | None = None
         sizes = [size // attention.width for size in self._products[0].sizes]
         self._num_heads, self._num_turned = sizes[0], sizes[0] + sizes[1]
         self._inner = self._products[2].sizes[0]
+        self.native = self._native(attention) if self._gate_first else None
         self._dtype = next(iter(packed.values())).weight.dtype
 
     @classmethod
@@ -160,6 +161,24 @@ class FusedLayer:
             return None
         return cls(name, module, parts, attention_module, attention, packed, operations)
 
+    def _native(self, attention: Attention) -> NativeLayer:
+        return NativeLayer(
+            self._norms,
+            self._products,
+            self._form,
+            attributes=vars(self._attention_module),
+            scale=attention.scale,
+            layer_idx=attention.layer_idx,
+            num_heads=self._num_heads,
+        )
+
+    def looked_at(self) -> bool:
+        """Whether it stands in the model in the step that begins: as long as the layer is ``still`` what it was."""
+        is_still = self.still()
+        if self.native is not None:
+            self.native.is_in_place = is_still
+        return is_still
+
     def still(self) -> bool:
         """Whether the layer and what is in it are what they were when they were looked at, in evaluation mode and without hooks."""
         # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
@@ -193,45 +212,21 @@ class FusedLayer:
         if type(step) is not PagedStep or type(given) is not CacheFacade or position_embeddings is None:
             return None
         cos, sin = position_embeddings
+        if self.native is not None and (waiting := step.take(self.native, x, cos, sin, attention_mask)) is not None:
+            return waiting
         if x.dtype is not self._dtype or x.shape[0] != 1 or not are_angles(cos, sin, x.dtype, x.shape[1], self._attention.width):
             return None
+        if self.native is not None and (at_once := step.run_decoders(self.native, x, cos, sin, attention_mask)) is not None:
+            return at_once
         qkv, output, gate_up, down = self._products
         if not (self._norms_fit(x) and qkv.usable() and output.usable() and gate_up.usable() and down.usable()):
             return None
-        at_once = self._at_once(step, x, cos[0], sin[0], attention_mask)
-        if at_once is not None:
-            return at_once
         middle = output.whole(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask), x)
         both = gate_up.whole(self._normed(1, middle))
         gate, up = both[..., : self._inner], both[..., self._inner :]
         if not self._gate_first:
             gate, up = up, gate
         return down.whole(self._operations.gate(gate, up, self._form), middle)
-
-    def _at_once(self, step: PagedStep, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor | None:
-        """All of the layer in one native call; None, with nothing done, where there is none."""
-        native = self._native_layer()
-        if native is None or not x.is_contiguous():
-            return None
-        attention, scale = self._attention, vars(self._attention_module)[self._attention.scale]
-        rows = step.run_layer(native, x[0], cos, sin, mask=mask, scale=scale, num_heads=self._num_heads, layer_idx=attention.layer_idx)
-        return None if rows is None else rows[None]
-
-    def _native_layer(self) -> DecoderLayer | None:
-        """The layer's weights as they are now, if their build has a call for all of it."""
-        products = tuple(product.pairs for product in self._products)
-        norms = [(parameters["weight"], attributes[found.epsilon]) for parameters, attributes, found in self._norms]
-        known = self._native
-        if known is not None and known.products == products and all(
-            norm.weight is weight and norm.epsilon == epsilon for norm, (weight, epsilon) in zip(known.norms, norms, strict=True)
-        ):
-            return known
-        gated = products[2]
-        if not self._gate_first or any(product is None for product in products) or gated is None or not gated.is_in_halves:
-            return None
-        first, second = (NormWeights(weight, epsilon, found.form) for (weight, epsilon), (_, _, found) in zip(norms, self._norms, strict=True))
-        self._native = DecoderLayer((first, second), products, self._form)
-        return self._native
 
     def _normed(self, which: int, x: Tensor) -> Tensor:
         parameters, attributes, found = self._norms[which]

@@ -98,7 +98,7 @@ class Fusion:
         if torch.is_autocast_enabled("cpu") or stand_ins.has_global_hooks():
             yield frozenset()
             return
-        layers = [layer for layer in self._layers if layer.still()]
+        layers = [layer for layer in self._layers if layer.looked_at()]
         covered = {id(part) for layer in layers for part in layer.parts}
         modules = [entry for entry in self._modules if id(entry) not in covered and entry.still()]
         linears = frozenset[int]().union(*(layer.linears for layer in layers))

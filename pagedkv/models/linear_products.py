@@ -79,6 +79,8 @@ class PackedProduct:
         reason: why the product cannot be used (any more), or None. It is set, never raised: a layer can always do without.
         nbytes: bytes of the packed copies, without oneDNN's padding; they may be wider than the weights, see ``product_dtype``.
         weight_error: of weights of eight bits, see ``Quantised``; None where the copies are exact.
+        watched: each parameter as it was when it was packed.
+        without_bias: the parameters of those linears that had no bias.
         pairs: the product by the native library, where that is exact and of any number of rows; else None.
 
     Cost: packing reads and writes the weights once and runs 21 rows through them, packed and plain.
@@ -97,8 +99,8 @@ class PackedProduct:
         self._most_int8_numbers = 0
         self._last = len(self.linears) - 1
         self._sizes = [linear.out_features for linear in self.linears]
-        self._watched: list[_Watched] = []
-        self._without_bias: list[_Parameters] = []
+        self.watched: list[_Watched] = []
+        self.without_bias: list[_Parameters] = []
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._dtype = torch.float32
@@ -147,22 +149,8 @@ class PackedProduct:
 
     def usable(self) -> bool:
         """Whether there is a product of the weights as they are now; packs them again when they were changed."""
-        if self.reason is None:
-            # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
-            for parameters, name, tensor, version, address, sample, before in self._watched:
-                if (
-                    parameters.get(name) is not tensor
-                    or tensor._version != version
-                    or tensor.data_ptr() != address
-                    or sample.tobytes() != before
-                ):
-                    self._pack()
-                    break
-            else:
-                for parameters in self._without_bias:
-                    if parameters.get("bias") is not None:
-                        self._pack()
-                        break
+        if self.reason is None and not is_unchanged(self):
+            self._pack()
         return self.reason is None
 
     @property
@@ -210,8 +198,8 @@ class PackedProduct:
         if wrong is not None:
             return wrong
         owned = [(linear._parameters, name) for linear in self.linears for name in ("weight", "bias")]
-        self._watched = [_watched(owner, name, tensor) for owner, name in owned if (tensor := owner.get(name)) is not None]
-        self._without_bias = [owner for owner, name in owned if owner.get(name) is None]
+        self.watched = [_watched(owner, name, tensor) for owner, name in owned if (tensor := owner.get(name)) is not None]
+        self.without_bias = [owner for owner, name in owned if owner.get(name) is None]
         self._sizes = [weight.shape[0] for weight in weights]
         self._dtype = product_dtype(weights[0].dtype)
         merged = weights[0] if self._last == 0 else torch.cat(weights)
@@ -261,6 +249,15 @@ class PackedProduct:
                 if not difference <= bound * largest:  # also when either is NaN
                     return f"the packed {what} of {rows} rows differs from F.linear by {difference:.2g} where the largest is {largest:.2g}"
         return None
+
+
+def is_unchanged(product: PackedProduct) -> bool:
+    """Whether the weights of a product are, as far as is watched, what they were when it was packed."""
+    # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
+    for parameters, name, tensor, version, address, sample, before in product.watched:
+        if parameters.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address or sample.tobytes() != before:
+            return False
+    return all(parameters.get("bias") is None for parameters in product.without_bias)
 
 
 def why_not_watched(tensor: Tensor) -> str | None:

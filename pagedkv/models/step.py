@@ -14,17 +14,19 @@ from torch import Tensor
 
 from pagedkv.attention import AttendOptions, AttentionBackend, Mask, StepAttention
 from pagedkv.attention.cpu_backend import CpuBackend
-from pagedkv.attention.native.decoder import DecoderLayer
 from pagedkv.attention.ragged import attend_ragged
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import AttentionCall, MaskFunction
 from pagedkv.models.facade import marked_layer
 from pagedkv.models.masks import MaskCarriers, resolve_mask
+from pagedkv.models.native_layer import NativeLayer
 from pagedkv.models.probe import check_gathered, checked_layer
+from pagedkv.models.run_ahead import RunAhead, run_from
 from pagedkv.storage.pool import LayerPool
 from pagedkv.storage.slots import Slots, packed_slots
 
 _MAX_OPTIONS = 1024
+_MOST_AHEAD_NBYTES = 8 << 20  # of results that are computed before they are asked for: what a processor's cache may hold
 
 _ByHead = tuple[Tensor | None, Tensor | None]  # sinks and slopes, as a call gives them
 
@@ -79,6 +81,7 @@ class PagedStep:
         masks: for each pool, the masks that its K/V are kept for, where they are given back behind a window.
         written: layers that stored their K/V so far.
         attended: layers whose K/V was read so far.
+        ahead: results of decoder layers that wait to be asked for.
     """
 
     pools: Sequence[LayerPool]
@@ -92,6 +95,7 @@ class PagedStep:
     masks: Sequence[Sequence[Mask]] = ()
     written: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
+    ahead: RunAhead = field(default_factory=RunAhead)
     _slots: dict[int, Slots] = field(default_factory=dict)
     _latest: int = -1
 
@@ -106,7 +110,7 @@ class PagedStep:
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Write ``[1, Hkv, T, D]`` keys and values of one layer to the step's slots; a gathered layer gets ``[1, Hkv, K, D]`` back."""
-        pool = self._new_layer(layer_idx, key.shape[2] if key.shape[0] == 1 else -1, key)
+        pool = self._new_layer(layer_idx, key.shape[2] if key.shape[0] == 1 else -1, key.shape)
         self.backend.write(pool, key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), self.attention)
         return self._gather(pool) if layer_idx in self.gathered else None
 
@@ -124,27 +128,33 @@ class PagedStep:
         """
         if type(self.backend) is not CpuBackend or not (cosines.is_contiguous() and sines.is_contiguous()):
             return None
-        pool, options = self._plain_layer(layer_idx, rows, mask, scale)
+        pool = self._new_layer(layer_idx, rows.shape[0], rows.shape)
+        options = self._plain_options(pool, layer_idx, mask, scale)
         return self.backend.attend_joined(rows, cosines, sines, pool, self.attention, options, num_heads=num_heads)
 
-    def run_layer(
-        self,
-        layer: DecoderLayer,
-        x: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        *,
-        mask: Tensor | None,
-        scale: float,
-        num_heads: int,
-        layer_idx: int,
-    ) -> Tensor | None:
-        """A whole decoder layer, ``[T, H]`` of ``x [T, H]``; None as for ``attend_joined``."""
-        backend = self.backend
-        if type(backend) is not CpuBackend or backend.build != layer.build or not (cosines.is_contiguous() and sines.is_contiguous()):
+    def take(self, layer: NativeLayer, x: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor | None) -> Tensor | None:
+        """``[1, T, H]``, the result of a decoder layer that was computed before it was asked for; None where there is none."""
+        result = self.ahead.take(layer, x, (cosines, sines, mask))
+        if result is not None:
+            self._plain_layer(layer, x.shape, mask)
+        return result
+
+    def run_decoders(self, layer: NativeLayer, x: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor | None) -> Tensor | None:
+        """A whole decoder layer, ``[1, T, H]`` of ``x [1, T, H]``, and those that will follow it; None as for ``attend_joined``."""
+        backend, weights = self.backend, layer.weights()
+        if type(backend) is not CpuBackend or weights is None or weights.build != backend.build or not x.is_contiguous():
             return None
-        pool, options = self._plain_layer(layer_idx, x, mask, scale)
-        return backend.run_layer(layer, x, cosines, sines, pool, self.attention, options, num_heads=num_heads)
+        if not (cosines.is_contiguous() and sines.is_contiguous()):
+            return None
+        given, can_wait = (cosines, sines, mask), not x.is_inference()  # whose changes torch does not count
+        if can_wait:
+            self.ahead.follows(layer, x, given)
+        most = max(_MOST_AHEAD_NBYTES // x.nbytes, 1) if can_wait else 1
+        options = self._plain_layer(layer, x.shape, mask)
+        layers, run = run_from(layer, weights, self._pool_of, most=most)
+        results = backend.run_decoders(run, x[0], cosines[0], sines[0], self.attention, options, num_heads=layer.num_heads)
+        rows = [results.narrow(0, place, 1) for place in range(len(layers))]
+        return self.ahead.hold(layers, rows, given) if can_wait else rows[0]
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""
@@ -152,22 +162,30 @@ class PagedStep:
             return self._attend_gathered(call)
         return self._attend(call, checked_layer(call))
 
-    def _new_layer(self, layer_idx: int, num_tokens: int, stored: Tensor) -> LayerPool:
+    def _new_layer(self, layer_idx: int, num_tokens: int, stored: Sequence[int]) -> LayerPool:
         place = self.index.get(layer_idx)
         if place is None or layer_idx in self.written or num_tokens != self.num_tokens:
             raise UnsupportedModelError(
-                f"layer {layer_idx} stored K {list(stored.shape)} where one [1, heads, {self.num_tokens}, dim] per known layer is expected"
+                f"layer {layer_idx} stored K {list(stored)} where one [1, heads, {self.num_tokens}, dim] per known layer is expected"
             )
         self.written.add(layer_idx)
         self._latest = layer_idx
         return self.pools[place]
 
-    def _plain_layer(self, layer_idx: int, rows: Tensor, mask: Tensor | None, scale: float) -> tuple[LayerPool, AttendOptions]:
-        pool = self._new_layer(layer_idx, rows.shape[0], rows)
+    def _plain_layer(self, layer: NativeLayer, shape: Sequence[int], mask: Tensor | None) -> AttendOptions:
+        """Note that a layer stores and reads, and check that it may; the same for each layer that is asked for, computed before or not."""
+        pool = self._new_layer(layer.layer_idx, shape[1], shape)
+        return self._plain_options(pool, layer.layer_idx, mask, layer.scale)
+
+    def _plain_options(self, pool: LayerPool, layer_idx: int, mask: Tensor | None, scale: float) -> AttendOptions:
         self.attended.add(layer_idx)
         options = self.options.plain(mask, scale)
         self._check_kept(pool, layer_idx, options)
-        return pool, options
+        return options
+
+    def _pool_of(self, layer_idx: int) -> LayerPool | None:
+        place = self.index.get(layer_idx)
+        return None if place is None else self.pools[place]
 
     def _attend(self, call: AttentionCall, layer: int) -> Tensor:
         self.attended.add(layer)

@@ -1,46 +1,57 @@
-"""One decoder layer of bfloat16 as one native call: two norms, four products, a gate, and what lies between queries and attention.
+"""Decoder layers of bfloat16 as one native call: of each two norms, four products, a gate, and attention with what lies before it.
 
-Owns the struct of a layer. It does not own when a layer may be computed so (``pagedkv.models.fused_layers``).
+Owns the structs of layers. It does not own when a layer may be computed so (``pagedkv.models.fused_layers``).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pagedkv.attention.native.library import DecoderStruct, LayerStruct
+from pagedkv.attention.native.library import DecoderStruct, LayerStruct, PlacedStruct
 from pagedkv.attention.native.operations import DTYPES
 from pagedkv.attention.native.products import PairProduct
+from pagedkv.errors import InvalidRequestError
+from pagedkv.storage.pool import LayerPool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class NormWeights:
-    """A norm: ``weight [H]``, epsilon, and the form as an index of ``NORM_FORMS``."""
+    """A norm: ``weight [H]``, for which ``fits`` holds, epsilon, and the form as an index of ``NORM_FORMS``.
 
-    weight: Tensor
-    epsilon: float
-    form: int
+    Attributes:
+        weight: as given.
+        epsilon: as given.
+        address: of the weight.
+        struct: of the norm, but for its rows.
+    """
 
-    def struct(self) -> LayerStruct:
-        """The norm, but for its rows."""
-        width = self.weight.shape[0]
-        struct = LayerStruct(weight=self.weight.data_ptr(), num_heads=1, width=width, form=self.form, epsilon=self.epsilon)
-        struct.x_stride[0] = struct.out_stride[0] = width
-        struct.dtype = DTYPES[self.weight.dtype]
-        return struct
+    __slots__ = ("address", "epsilon", "struct", "weight")
+
+    def __init__(self, weight: Tensor, epsilon: float, form: int) -> None:
+        self.weight, self.epsilon, self.address = weight, epsilon, weight.data_ptr()
+        width = weight.shape[0]
+        self.struct = LayerStruct(weight=self.address, num_heads=1, width=width, form=form, epsilon=epsilon, dtype=DTYPES[weight.dtype])
+        self.struct.x_stride[0] = self.struct.out_stride[0] = width
+
+    @staticmethod
+    def fits(weight: Tensor, product: PairProduct) -> bool:
+        """Whether a weight is that of a norm before a product."""
+        return weight.dtype is torch.bfloat16 and weight.is_contiguous() and weight.shape == (product.struct.num_inputs,)
 
 
 class DecoderLayer:
     """The weights of one layer, as the native call takes them.
 
     Args:
-        norms: before attention, and before the MLP.
+        norms: before attention, and before the MLP, as wide as the layer's rows.
         products: of queries, keys and values side by side; of what attention gives; of gate and up, in halves; and the last.
         gate_form: an index of ``GATE_FORMS``.
+
+    Raises:
+        InvalidRequestError: the products do not fit together.
 
     Attributes:
         products: as given.
@@ -50,17 +61,55 @@ class DecoderLayer:
         num_joined: numbers of a token's queries, keys and values.
         row_nbytes: bytes of scratch memory for each row.
         build: name of the build that packed the weights.
+        kind: what layers of one run have in common.
     """
 
-    __slots__ = ("_struct", "address", "build", "hidden_size", "norms", "num_joined", "products", "row_nbytes")
+    __slots__ = ("_struct", "address", "build", "hidden_size", "kind", "norms", "num_joined", "products", "row_nbytes")
 
     def __init__(self, norms: tuple[NormWeights, NormWeights], products: Sequence[PairProduct], gate_form: int) -> None:
         self.norms, self.products = norms, tuple(products)
-        self._struct = DecoderStruct(*(norm.struct() for norm in norms), *(product.struct for product in products))
+        self._struct = DecoderStruct(*(norm.struct for norm in norms), *(product.struct for product in products))
         self._struct.gated.gate = gate_form
         joined, output, gated, down = (product.struct for product in products)
+        if (output.num_outputs, gated.num_inputs, down.num_outputs, 2 * down.num_inputs) != (*[joined.num_inputs] * 3, gated.num_outputs):
+            raise InvalidRequestError("the products of the layer do not fit together")
         self.hidden_size, self.num_joined = int(joined.num_inputs), int(joined.num_outputs)
         self.address = ctypes.addressof(self._struct)
         numbers = joined.num_inputs + output.num_outputs + joined.num_outputs + output.num_inputs + down.num_inputs
         self.row_nbytes = int(numbers) * torch.bfloat16.itemsize
         self.build = products[0].library.build.name
+        self.kind = (self.hidden_size, self.num_joined, self.build)
+
+
+class DecoderRun:
+    """Layers that are computed one after the other, each with the pool of its K and V.
+
+    Args:
+        layers: of one build and of one width, at least one.
+        pools: of one geometry.
+
+    Raises:
+        InvalidRequestError: they are not.
+
+    Attributes:
+        layers: as given.
+        pools: as given.
+        address: of the structs.
+        row_nbytes: bytes of scratch memory for each row.
+    """
+
+    __slots__ = ("_structs", "address", "layers", "pools", "row_nbytes")
+
+    def __init__(self, layers: Sequence[DecoderLayer], pools: Sequence[LayerPool]) -> None:
+        self.layers, self.pools = tuple(layers), tuple(pools)
+        layer, pool = self.layers[0], self.pools[0]
+        like = (layer.kind, pool.spec, pool.dtype, pool.block_size)
+        for other, place in zip(self.layers, self.pools, strict=True):
+            if (other.kind, place.spec, place.dtype, place.block_size) != like:
+                raise InvalidRequestError("layers of one run must be of one build, one width and one geometry of K and V")
+        places = zip(self.layers, self.pools, strict=True)
+        self._structs = (PlacedStruct * len(self.layers))(
+            *(PlacedStruct(layer.address, pool.key.data_ptr(), pool.value.data_ptr()) for layer, pool in places)
+        )
+        self.address = ctypes.addressof(self._structs)
+        self.row_nbytes = max(layer.row_nbytes for layer in self.layers)

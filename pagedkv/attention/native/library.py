@@ -87,6 +87,12 @@ class DecoderStruct(ctypes.Structure):
     )
 
 
+class PlacedStruct(ctypes.Structure):
+    """``PlacedDecoder`` of decoder.h: a layer, and where its K and V are."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("decoder", "key_pool", "value_pool"))
+
+
 ITEM_NBYTES = 8 * 4
 """Bytes of an ``Item`` and of a ``Merge``."""
 
@@ -238,8 +244,8 @@ def _open(build: Build) -> ctypes.CDLL | str:
     functions.pagedkv_write.restype = None
     functions.pagedkv_attend_joined.argtypes = (pointer,) * 8
     functions.pagedkv_attend_joined.restype = number
-    functions.pagedkv_decoder_layer.argtypes = (pointer,) * 10
-    functions.pagedkv_decoder_layer.restype = number
+    functions.pagedkv_run_decoders.argtypes = (pointer, number, *(pointer,) * 7)
+    functions.pagedkv_run_decoders.restype = number
     for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate", "pagedkv_multiply"):
         getattr(functions, name).argtypes = (pointer, number)
         getattr(functions, name).restype = number

@@ -93,11 +93,13 @@ class PairProduct:
         self._num_outputs, self._num_inputs = weight.shape
         self.is_in_halves = self._num_outputs % (2 * _TILE) == 0
         if self.is_in_halves:
-            tiles = weight.unflatten(0, (2, -1, _TILE)).transpose(0, 1)
+            tiles = weight.view(2, -1, _TILE, self._num_inputs).transpose(0, 1)
         else:
-            tiles = torch.nn.functional.pad(weight, (0, 0, 0, -self._num_outputs % (2 * _TILE))).unflatten(0, (-1, 2, _TILE))
+            rest = -self._num_outputs % (2 * _TILE)
+            tiles = torch.nn.functional.pad(weight, (0, 0, 0, rest)).view(-1, 2, _TILE, self._num_inputs)
         # [P, 2, 16 outputs, K / 32, 16 pairs, 2] to [P, K / 32, 2, 16 pairs, 16 outputs, 2]
-        self._weight = tiles.unflatten(3, (-1, _DEPTH // 2, 2)).permute(0, 3, 1, 4, 2, 5).contiguous()
+        pairs = tiles.reshape(*tiles.shape[:3], -1, _DEPTH // 2, 2)
+        self._weight = pairs.permute(0, 3, 1, 4, 2, 5).contiguous()
         self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -self._num_outputs % (2 * _TILE)))
         self.nbytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
         self.library = library

@@ -90,6 +90,7 @@ static void attend_all(const Step& step, const Item* items, const Merge* merges,
   float* mine = scratch + (partial_floats(step, counts.partial_rows) * counts.partials + 15) / 16 * 16 + thread_floats(step) * THREAD;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < counts.items; i++) run_item<T>(step, items[i], mine, scratch, counts.partial_rows);
+  if (counts.merges == 0) return;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < counts.merges; i++) run_merge<T>(step, merges[i], scratch, counts.partial_rows);
 }

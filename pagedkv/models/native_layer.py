@@ -1,0 +1,97 @@
+"""A decoder layer whose products are packed in pairs, as the native library runs it.
+
+Owns the weights as they were packed, and the watch over them. It does not own when they are used (``fused_layers.py``, ``run_ahead.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pagedkv.attention.native.decoder import DecoderLayer, DecoderRun, NormWeights
+from pagedkv.models.fused_modules import Norm
+from pagedkv.models.linear_products import PackedProduct, is_unchanged
+
+WatchedNorm = tuple[Mapping[str, Tensor | None], dict[str, Any], Norm]
+"""The parameters and the attributes of a norm, which may change, and what it was found to be."""
+
+
+class NativeLayer:
+    """One layer.
+
+    Args:
+        norms: before attention, and before the MLP.
+        products: of queries, keys and values; of what attention gives; of gate and up, the gate first; and the last.
+        gate_form: an index of ``GATE_FORMS``.
+        attributes: of the attention module.
+        scale: name of the attribute that holds the factor on the scores.
+        layer_idx: transformers' index of the layer.
+        num_heads: of queries.
+
+    Attributes:
+        layer_idx: as given.
+        num_heads: as given.
+        is_in_place: whether it stands in the model in the step that runs.
+        follower: the layer that the model called next with what this one gave, everything else being the same; None where there is none.
+        run: of this layer and those that follow it, as it was last used.
+    """
+
+    def __init__(
+        self,
+        norms: Sequence[WatchedNorm],
+        products: Sequence[PackedProduct],
+        gate_form: int,
+        *,
+        attributes: Mapping[str, Any],
+        scale: str,
+        layer_idx: int,
+        num_heads: int,
+    ) -> None:
+        self._norms, self._products, self._gate_form = tuple(norms), tuple(products), gate_form
+        self._attributes, self._scale = attributes, scale
+        self.layer_idx, self.num_heads = layer_idx, num_heads
+        self.is_in_place = False
+        self.follower: NativeLayer | None = None
+        self.run: DecoderRun | None = None
+        self._weights: DecoderLayer | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        scale: float = self._attributes[self._scale]
+        return scale
+
+    def weights(self) -> DecoderLayer | None:
+        """The weights as they are now, packed again where they were changed; None where the library does not run them.
+
+        Cost: some microseconds while nothing was changed.
+        """
+        if self._weights is None or not self._is_packed(self._weights):
+            self._weights = self._packed()
+        return self._weights
+
+    def _is_packed(self, weights: DecoderLayer) -> bool:
+        for product, pairs in zip(self._products, weights.products, strict=True):
+            if product.pairs is not pairs or not is_unchanged(product):
+                return False
+        for (parameters, attributes, found), norm in zip(self._norms, weights.norms, strict=True):
+            weight = parameters.get("weight")
+            if weight is not norm.weight or weight.data_ptr() != norm.address or attributes.get(found.epsilon) != norm.epsilon:
+                return False
+        return True
+
+    def _packed(self) -> DecoderLayer | None:
+        if not all(product.usable() for product in self._products):
+            return None
+        pairs = [product.pairs for product in self._products if product.pairs is not None]
+        if len(pairs) != len(self._products) or not pairs[2].is_in_halves:
+            return None
+        norms = []
+        for parameters, attributes, found in self._norms:
+            weight, epsilon = parameters.get("weight"), attributes.get(found.epsilon)
+            if weight is None or type(epsilon) is not float or not NormWeights.fits(weight, pairs[0]):
+                return None
+            norms.append(NormWeights(weight, epsilon, found.form))
+        return DecoderLayer((norms[0], norms[1]), pairs, self._gate_form)

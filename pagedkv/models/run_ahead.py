@@ -1,0 +1,108 @@
+"""Layers that are computed before the model asks for them, because it asked for them in this order before.
+
+One native call for many layers leaves no Python between them. Nothing is taken for granted: a result is handed out only where the model
+calls that layer with the very tensor that the layer before it gave, unchanged, and with everything else the same. Else it is thrown away,
+the layer is computed as it is called, and what was taken for the order is forgotten. A layer computed in vain has stored K and V, which
+the step stores again.
+
+Owns the results of one step that wait to be asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from pagedkv.attention.native.decoder import DecoderLayer, DecoderRun
+from pagedkv.models.native_layer import NativeLayer
+from pagedkv.storage.pool import LayerPool
+
+PoolOf = Callable[[int], LayerPool | None]
+Entry = tuple[NativeLayer, DecoderLayer | None, LayerPool | None]
+
+Given = tuple[object, ...]
+"""What a layer is called with beside its input; compared by identity."""
+
+
+class RunAhead:
+    """The results of one step."""
+
+    def __init__(self) -> None:
+        self._waiting: Iterator[tuple[NativeLayer, Tensor]] = iter(())
+        self._next: tuple[NativeLayer, Tensor] | None = None
+        self._former: NativeLayer | None = None  # whose result is the latest that was handed out
+        self._latest: Tensor | None = None
+        self._version = 0
+        self._given: Given = ()
+
+    def take(self, layer: NativeLayer, x: Tensor, given: Given) -> Tensor | None:
+        """The result of a layer for ``x``, if it waits. If another waits, nothing does any more."""
+        following = self._next
+        if following is None:
+            return None
+        if following[0] is not layer or not self._goes_on(x, given):
+            self._next = None
+            if self._former is not None:
+                self._former.follower = None
+            return None
+        self._hand_out(*following)
+        return following[1]
+
+    def follows(self, layer: NativeLayer, x: Tensor, given: Given) -> None:
+        """Note that a layer is called for which nothing waits."""
+        if self._former is not None and self._goes_on(x, given):
+            self._former.follower = layer
+
+    def hold(self, layers: Sequence[NativeLayer], results: Sequence[Tensor], given: Given) -> Tensor:
+        """Keep the results of layers one after the other, and hand out the first."""
+        self._given, self._version = given, results[0]._version
+        self._waiting = iter(zip(layers, results, strict=True))
+        self._hand_out(*next(self._waiting))
+        return results[0]
+
+    def _goes_on(self, x: Tensor, given: Given) -> bool:
+        same = len(given) == len(self._given) and all(one is other for one, other in zip(given, self._given, strict=True))
+        return same and x is self._latest and x._version == self._version
+
+    def _hand_out(self, layer: NativeLayer, result: Tensor) -> None:
+        self._former, self._latest = layer, result
+        self._next = next(self._waiting, None)
+
+
+def run_from(layer: NativeLayer, weights: DecoderLayer, pool_of: PoolOf, *, most: int) -> tuple[list[NativeLayer], DecoderRun]:
+    """A layer and those that will follow it, as far as one native call can run them all.
+
+    Args:
+        layer: the first; it has a pool.
+        weights: its weights now.
+        pool_of: the pool of a layer by transformers' index.
+        most: layers in all.
+    """
+    found: list[Entry] = [(layer, weights, pool_of(layer.layer_idx))]
+    seen = {id(layer)}
+    following = layer.follower
+    while following is not None and id(following) not in seen and len(found) < most and following.is_in_place:
+        entry = (following, following.weights(), pool_of(following.layer_idx))
+        if not _goes_with(found[0], entry):
+            break
+        found.append(entry)
+        seen.add(id(following))
+        following = following.follower
+    layers = [each for each, _, _ in found]
+    all_weights = tuple(each for _, each, _ in found if each is not None)
+    pools = tuple(each for _, _, each in found if each is not None)
+    if layer.run is None or layer.run.layers != all_weights or layer.run.pools != pools:
+        layer.run = DecoderRun(all_weights, pools)
+    return layers, layer.run
+
+
+def _goes_with(first: Entry, entry: Entry) -> bool:
+    (layer, weights, pool), (other, other_weights, other_pool) = first, entry
+    if weights is None or other_weights is None or pool is None or other_pool is None:
+        return False
+    return (
+        (layer.scale, layer.num_heads, weights.kind) == (other.scale, other.num_heads, other_weights.kind)
+        and (pool.spec is other_pool.spec or pool.spec == other_pool.spec)
+        and pool.dtype is other_pool.dtype
+    )
