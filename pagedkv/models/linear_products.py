@@ -257,7 +257,12 @@ def is_unchanged(product: PackedProduct) -> bool:
     for parameters, name, tensor, version, address, sample, before in product.watched:
         if parameters.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address or sample.tobytes() != before:
             return False
-    return all(parameters.get("bias") is None for parameters in product.without_bias)
+    for parameters in product.without_bias:
+        if parameters.get("bias") is not None:
+            break
+    else:
+        return True
+    return False
 
 
 def why_not_watched(tensor: Tensor) -> str | None:

@@ -3,7 +3,7 @@
 One native call for many layers leaves no Python between them. Nothing is taken for granted: a result is handed out only where the model
 calls that layer with the very tensor that the layer before it gave, unchanged, and with everything else the same. Else it is thrown away,
 the layer is computed as it is called, and what was taken for the order is forgotten. A layer computed in vain has stored K and V, which
-the step stores again.
+the step stores again when that layer is called: no layer is computed ahead that was called already.
 
 Owns the results of one step that wait to be asked for.
 """
@@ -70,16 +70,19 @@ class RunAhead:
         self._next = next(self._waiting, None)
 
 
-def run_from(layer: NativeLayer, weights: DecoderLayer, pool_of: PoolOf, *, most: int) -> tuple[list[NativeLayer], DecoderRun]:
+def run_from(
+    layer: NativeLayer, weights: DecoderLayer, pool: LayerPool, pool_of: PoolOf, *, most: int
+) -> tuple[list[NativeLayer], DecoderRun]:
     """A layer and those that will follow it, as far as one native call can run them all.
 
     Args:
-        layer: the first; it has a pool.
+        layer: the first.
         weights: its weights now.
-        pool_of: the pool of a layer by transformers' index.
+        pool: its pool.
+        pool_of: the pool of a layer by transformers' index; None for one that stored K and V in this step, which are not to be overwritten.
         most: layers in all.
     """
-    found: list[Entry] = [(layer, weights, pool_of(layer.layer_idx))]
+    found: list[Entry] = [(layer, weights, pool)]
     seen = {id(layer)}
     following = layer.follower
     while following is not None and id(following) not in seen and len(found) < most and following.is_in_place:

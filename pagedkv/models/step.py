@@ -151,7 +151,8 @@ class PagedStep:
             self.ahead.follows(layer, x, given)
         most = max(_MOST_AHEAD_NBYTES // x.nbytes, 1) if can_wait else 1
         options = self._plain_layer(layer, x.shape, mask)
-        layers, run = run_from(layer, weights, self._pool_of, most=most)
+        pool = self.pools[self.index[layer.layer_idx]]
+        layers, run = run_from(layer, weights, pool, self._pool_ahead, most=most)
         results = backend.run_decoders(run, x[0], cosines[0], sines[0], self.attention, options, num_heads=layer.num_heads)
         rows = [results.narrow(0, place, 1) for place in range(len(layers))]
         return self.ahead.hold(layers, rows, given) if can_wait else rows[0]
@@ -183,9 +184,9 @@ class PagedStep:
         self._check_kept(pool, layer_idx, options)
         return options
 
-    def _pool_of(self, layer_idx: int) -> LayerPool | None:
+    def _pool_ahead(self, layer_idx: int) -> LayerPool | None:
         place = self.index.get(layer_idx)
-        return None if place is None else self.pools[place]
+        return None if place is None or layer_idx in self.written else self.pools[place]
 
     def _attend(self, call: AttentionCall, layer: int) -> Tensor:
         self.attended.add(layer)

@@ -1,0 +1,200 @@
+"""Decoder layers computed before they are asked for: the bits of one layer at a time, whatever the model does between two of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from models_support import mixed_schedule, paged_logits, plain_logits, random_tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pagedkv.attention.cpu_backend import CpuBackend
+from pagedkv.attention.native.decoder import DecoderRun
+from pagedkv.attention.native.library import load_library
+from pagedkv.attention.native.products import PairProduct
+from pagedkv.models import ModelRunner
+from pagedkv.testing.models import tiny_model
+
+LENS = (12, 20)
+TOKENS = random_tokens(LENS, seed=1)
+STEPS = mixed_schedule(LENS, chunk=5, num_decodes=4)
+LIBRARY = load_library().library
+HAS_PAIRS = LIBRARY is not None and PairProduct.fits(torch.zeros(1, 32, dtype=torch.bfloat16), LIBRARY)
+pytestmark = pytest.mark.skipif(not HAS_PAIRS, reason="no build that multiplies pairs runs here")
+
+
+def half_model(name: str = "llama", *, num_layers: int = 4) -> PreTrainedModel:
+    return tiny_model(name, num_hidden_layers=num_layers).to(torch.bfloat16)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers of each native call."""
+    counted: list[int] = []
+    former = CpuBackend.run_decoders
+
+    def counting(self: CpuBackend, run: DecoderRun, *args: Any, **kwargs: Any) -> Tensor:
+        counted.append(len(run.layers))
+        return former(self, run, *args, **kwargs)
+
+    monkeypatch.setattr(CpuBackend, "run_decoders", counting)
+    return counted
+
+
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch, runner: ModelRunner) -> list[Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr("pagedkv.models.step._MOST_AHEAD_NBYTES", 1)
+        return paged_logits(runner, TOKENS, STEPS)
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def assert_as_near_as_the_model(ours: list[Tensor], model: PreTrainedModel, what: str) -> None:
+    """Judged by the same weights in float32: our logits are as far from their logits as the model's own in bfloat16 are."""
+    exact, theirs = (torch.cat(plain_logits(each, TOKENS)) for each in (copy.deepcopy(model).float(), model))
+    our_error, their_error = (float((each - exact).norm() / exact.norm()) for each in (torch.cat(ours).float(), theirs))
+    assert our_error <= 1.5 * their_error, f"{what}: {our_error:.2e} of the logits, the model's own {their_error:.2e}"
+
+
+class Between(nn.Module):
+    """Something that a model does between two layers, and may do otherwise in another step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.do = "nothing"
+
+    def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        if self.do == "add in place":
+            return hidden_states.add_(0.5)
+        return hidden_states.clone() if self.do == "copy" else hidden_states
+
+
+class Layers(nn.ModuleList):
+    """Layers whose order a model may turn round."""
+
+    turned: ClassVar = [False]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            layers = list(self._modules.values())[index]
+            return layers[::-1] if self.turned[0] else layers
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_run_ahead_is_one_native_call_for_all_layers_and_the_bits_of_one_for_each(
+    name: str, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = half_model(name)
+    runner = ModelRunner(model, pack_linears=True, fuse=True)
+    calls.clear()
+    ours = paged_logits(runner, TOKENS, STEPS)
+    assert calls == [4] * len(STEPS)
+    calls.clear()
+    theirs = one_at_a_time(monkeypatch, runner)
+    assert calls == [1] * 4 * len(STEPS)
+    assert_same(ours, theirs)
+    assert_as_near_as_the_model(ours, model, name)
+
+
+def test_run_ahead_results_that_would_take_too_much_memory_wait_in_parts(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner(half_model(num_layers=5), pack_linears=True, fuse=True)
+    theirs = one_at_a_time(monkeypatch, runner)
+    monkeypatch.setattr("pagedkv.models.step._MOST_AHEAD_NBYTES", 2 * 32 * 2)  # two layers of one token, or one of more
+    calls.clear()
+    assert_same(paged_logits(runner, TOKENS, STEPS), theirs)
+    assert set(calls) == {1, 2}
+    assert sum(calls) == 5 * len(STEPS)
+
+
+@pytest.mark.parametrize("do", ["add in place", "copy"])
+def test_run_ahead_what_the_model_does_between_two_layers_is_seen(do: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, between = half_model(), Between()
+    decoder = model.get_decoder()
+    decoder.layers.insert(2, between)
+    model.config.num_hidden_layers = 5  # as many as the model calls
+    runner = ModelRunner(model, pack_linears=True, fuse=True)
+    assert len(runner.fusion.layers) == 4
+    before = paged_logits(runner, TOKENS, STEPS)
+    between.do = do
+    ours = paged_logits(runner, TOKENS, STEPS)
+    assert_same(ours, one_at_a_time(monkeypatch, runner))
+    assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True)) == (do == "copy")
+    between.do = "nothing"
+    assert_same(paged_logits(runner, TOKENS, STEPS), before)
+
+
+def test_run_ahead_another_order_of_the_layers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = half_model()
+    model.get_decoder().layers = Layers(model.get_decoder().layers)
+    runner = ModelRunner(model, pack_linears=True, fuse=True)
+    before = paged_logits(runner, TOKENS, STEPS)
+    Layers.turned[0] = True
+    try:
+        ours, theirs = paged_logits(runner, TOKENS, STEPS), one_at_a_time(monkeypatch, runner)
+    finally:
+        Layers.turned[0] = False
+    assert_same(ours, theirs)
+    assert not torch.equal(ours[0], before[0])
+    assert_same(paged_logits(runner, TOKENS, STEPS), before)
+
+
+def test_run_ahead_what_was_changed_between_steps_is_used(calls: list[int]) -> None:
+    model = half_model()
+    runner = ModelRunner(model, pack_linears=True, fuse=True)
+    layers = model.get_decoder().layers
+
+    def assert_right(what: str, expected: set[int]) -> None:
+        calls.clear()
+        ours = paged_logits(runner, TOKENS, STEPS)
+        assert set(calls) == expected, what
+        assert_same(ours, paged_logits(ModelRunner(copy.deepcopy(model), pack_linears=True, fuse=True), TOKENS, STEPS))
+        assert_as_near_as_the_model(ours, model, what)
+
+    layers[2].self_attn.v_proj.weight.data.mul_(3)
+    layers[1].post_attention_layernorm.weight.data.mul_(2)
+    layers[3].input_layernorm.variance_epsilon = 0.3
+    assert_right("weights in place, and a number", {4})
+    layers[2].input_layernorm.weight = nn.Parameter(layers[2].input_layernorm.weight.detach() * 3)
+    layers[1].mlp.gate_proj.weight = nn.Parameter(layers[1].mlp.gate_proj.weight.detach().flip(0))
+    layers[1].self_attn.k_proj.bias = nn.Parameter(torch.ones(layers[1].self_attn.k_proj.out_features).bfloat16())
+    assert_right("weights in the place of others, and a bias that was not there", {4})
+    layers[2].self_attn.scaling *= 0.5
+    assert_right("a scale of one layer's own", {1, 2})
+    handle = layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    assert_right("a hook", {1})
+    handle.remove()
+    layers[3].mlp.down_proj = nn.Sequential(layers[3].mlp.down_proj, nn.Tanh())
+    assert_right("a module of the user's own", {1, 2})
+    layers[0].input_layernorm.weight = nn.Parameter(torch.ones(1).bfloat16())
+    assert_right("a norm's weight of another shape", {1})
+
+
+def test_run_ahead_runners_of_one_model_do_not_mix_their_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = half_model()
+    runners = [ModelRunner(model, pack_linears=True, fuse=True, block_size=size) for size in (4, 16)]
+    before = [paged_logits(runner, TOKENS, STEPS) for runner in runners]
+    for _ in range(2):
+        for runner, expected in zip(runners, before, strict=True):
+            assert_same(paged_logits(runner, TOKENS, STEPS, seed=3), expected)
+
+
+def test_run_ahead_in_inference_mode_is_one_layer_at_a_time(calls: list[int]) -> None:
+    runner = ModelRunner(half_model(), pack_linears=True, fuse=True)
+    expected = paged_logits(runner, TOKENS, STEPS)
+    calls.clear()
+    with torch.inference_mode():
+        assert_same(paged_logits(runner, TOKENS, STEPS), expected)
+    assert set(calls) == {1}
+
+
+def test_run_ahead_weights_of_eight_bits_are_not_run_with_exact_ones(calls: list[int]) -> None:
+    runner = ModelRunner(half_model(), pack_linears="int8", fuse=True)
+    calls.clear()
+    paged_logits(runner, TOKENS, STEPS)
+    assert calls == []
