@@ -10,25 +10,35 @@
 
 #if defined(PAIRS)
 
-constexpr int TILE = 16;                   // outputs, or pairs of inputs, or rows of x, of one tile
+constexpr int TILE = 16;  // outputs, or pairs of inputs, or rows of x, of one tile
 constexpr int TILE_PAIRS = TILE * LANES;
-constexpr int TILES_AHEAD = 8;             // prefetched: a core alone asks for too little memory at a time
-constexpr int CHUNK_ROWS = 256;            // of x, that stay in the cache while a thread's weights pass
+constexpr int CHUNK_ROWS = 256;  // of x, that stay in the cache while a thread's weights pass
 
-// Sixteen rows' sums of sixteen outputs, beside those of the panel's other sixteen.
+// A row's sums of a panel's outputs.
 typedef float PanelSums[2][LANES];
 
-INLINE void prefetch_tile(const Pair* weight) {
-  for (int line = 0; line < TILE; line++) __builtin_prefetch(weight + TILES_AHEAD * TILE_PAIRS + line * LANES);
-}
+// The weights that are used next, asked for bit by bit while others are multiplied: a core alone asks for too little memory at a time.
+struct Ahead {
+  const Pair* next;
+  int lines;  // of 64 bytes, for each two tiles that are multiplied
+
+  // The rest of this panel and the beginning of the next where there is but one block of rows, else the next panel, shared out to the blocks.
+  Ahead(const Pair* weight, int64_t num_inputs, int64_t num_blocks)
+      : next(weight + (num_blocks > 1 ? num_inputs / DEPTH * 2 * TILE_PAIRS : NEAR)), lines((int)((2 * TILE + num_blocks - 1) / num_blocks)) {}
+
+  inline __attribute__((always_inline)) void ask() {
+    for (int line = 0; line < lines; line++, next += LANES) __builtin_prefetch(next);
+  }
+  static constexpr int NEAR = 8 * TILE_PAIRS;
+};
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 
 constexpr int ROWS_TOGETHER = 2 * TILE;  // of x, multiplied with both tiles of a panel at once
 
 // sums[BLOCKS * TILE] of BLOCKS tiles of x with a panel.
-template <int BLOCKS, bool AHEAD>
-INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* weight, PanelSums* sums) {
+template <int BLOCKS>
+INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* weight, Ahead& ahead, PanelSums* sums) {
   const size_t stride = num_inputs * sizeof(bfloat16);
   _tile_zero(0);
   _tile_zero(1);
@@ -40,10 +50,9 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
     _tile_loadd(4, x + k, stride);
     _tile_loadd(6, weight, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if (AHEAD) prefetch_tile(weight);
     _tile_loadd(7, weight + TILE_PAIRS, 64);
     _tile_dpbf16ps(1, 4, 7);
-    if (AHEAD) prefetch_tile(weight + TILE_PAIRS);
+    ahead.ask();
     if (BLOCKS == 2) {
       _tile_loadd(5, x + TILE * num_inputs + k, stride);
       _tile_dpbf16ps(2, 5, 6);
@@ -64,18 +73,18 @@ template <class Finish>
 INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, Finish finish) {
   alignas(64) PanelSums sums[ROWS_TOGETHER];
   const int64_t whole = num_rows / ROWS_TOGETHER * ROWS_TOGETHER, rest = num_rows - whole;
+  Ahead ahead(weight, num_inputs, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
   if (whole) {
     const Tiles tiles;
     for (int64_t row = 0; row < whole; row += ROWS_TOGETHER) {
-      if (row == 0) multiply_tiles<2, true>(x, num_inputs, weight, sums);
-      else multiply_tiles<2, false>(x + row * num_inputs, num_inputs, weight, sums);
+      multiply_tiles<2>(x + row * num_inputs, num_inputs, weight, ahead, sums);
       finish(row, ROWS_TOGETHER, sums);
     }
   }
   if (rest) {
     const Tiles tiles(std::min<int>(rest, TILE), std::max<int>(rest - TILE, 1));
-    if (rest > TILE) multiply_tiles<2, true>(x + whole * num_inputs, num_inputs, weight, sums);
-    else multiply_tiles<1, true>(x + whole * num_inputs, num_inputs, weight, sums);
+    if (rest > TILE) multiply_tiles<2>(x + whole * num_inputs, num_inputs, weight, ahead, sums);
+    else multiply_tiles<1>(x + whole * num_inputs, num_inputs, weight, ahead, sums);
     finish(whole, (int)rest, sums);
   }
 }
@@ -84,14 +93,11 @@ INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inp
 
 constexpr int ROWS_TOGETHER = 12;  // of x: with their sums, two registers of weights and one of x, they fill the registers
 
-template <int ROWS, bool AHEAD>
-INLINE void multiply_rows_of_pairs(const bfloat16* x, int64_t num_inputs, const Pair* weight, PanelSums* sums) {
+template <int ROWS>
+INLINE void multiply_rows_of_pairs(const bfloat16* x, int64_t num_inputs, const Pair* weight, Ahead& ahead, PanelSums* sums) {
   __m512 sum[ROWS][2] = {};
   for (int64_t k = 0; k < num_inputs; k += DEPTH, weight += 2 * TILE_PAIRS) {
-    if (AHEAD) {
-      prefetch_tile(weight);
-      prefetch_tile(weight + TILE_PAIRS);
-    }
+    ahead.ask();
     for (int pair = 0; pair < TILE; pair++) {
       const __m512bh first = (__m512bh)_mm512_loadu_si512(weight + pair * LANES), second = (__m512bh)_mm512_loadu_si512(weight + TILE_PAIRS + pair * LANES);
 #pragma GCC unroll 12
@@ -109,20 +115,20 @@ INLINE void multiply_rows_of_pairs(const bfloat16* x, int64_t num_inputs, const 
 }
 
 // As above, for as many rows as there are, at most ROWS.
-template <bool AHEAD, int ROWS = ROWS_TOGETHER>
-INLINE void multiply_some(const bfloat16* x, int rows, int64_t num_inputs, const Pair* weight, PanelSums* sums) {
+template <int ROWS = ROWS_TOGETHER>
+INLINE void multiply_some(const bfloat16* x, int rows, int64_t num_inputs, const Pair* weight, Ahead& ahead, PanelSums* sums) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return multiply_some<AHEAD, ROWS - 1>(x, rows, num_inputs, weight, sums);
-  multiply_rows_of_pairs<ROWS, AHEAD>(x, num_inputs, weight, sums);
+    if (rows < ROWS) return multiply_some<ROWS - 1>(x, rows, num_inputs, weight, ahead, sums);
+  multiply_rows_of_pairs<ROWS>(x, num_inputs, weight, ahead, sums);
 }
 
 template <class Finish>
 INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, Finish finish) {
   alignas(64) PanelSums sums[ROWS_TOGETHER];
+  Ahead ahead(weight, num_inputs, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
   for (int64_t row = 0; row < num_rows; row += ROWS_TOGETHER) {
     const int rows = (int)std::min<int64_t>(num_rows - row, ROWS_TOGETHER);
-    if (row == 0) multiply_some<true>(x, rows, num_inputs, weight, sums);
-    else multiply_some<false>(x + row * num_inputs, rows, num_inputs, weight, sums);
+    multiply_some(x + row * num_inputs, rows, num_inputs, weight, ahead, sums);
     finish(row, rows, sums);
   }
 }
@@ -154,16 +160,34 @@ INLINE void finish_gated(const Product& p, const PanelSums& sums, int64_t row, i
   store((bfloat16*)p.out + row * half + output, gate * Rounded<bfloat16>::of(up));
 }
 
+// One row's sums of 32 outputs that lie side by side: a whole line of memory at once.
+INLINE void finish_line(const Product& p, const PanelSums& sums, int64_t row, int64_t output) {
+  const int64_t place = row * p.num_outputs + output;
+  Floats first = load(sums[0]), second = load(sums[1]);
+  if (p.bias) {
+    first += load(p.bias + output);
+    second += load(p.bias + output + LANES);
+  }
+  if (p.added) {
+    first += load((const bfloat16*)p.added + place);
+    second += load((const bfloat16*)p.added + place + LANES);
+  }
+  _mm512_storeu_si512((bfloat16*)p.out + place, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+
 // Some rows with one panel.
 static void multiply_pair_panel(const Product& p, int64_t panel, int64_t first_row, int64_t num_rows) {
   const Pair* weight = (const Pair*)p.weight + panel * (p.num_inputs / DEPTH) * 2 * TILE_PAIRS;
   const int64_t first = panel * (p.halves ? TILE : 2 * TILE), second = first + (p.halves ? p.num_outputs / 2 : TILE);
-  const auto finish = [&](int64_t row, int rows, const PanelSums* sums) {
-    row += first_row;
-    for (int r = 0; r < rows; r++) {
-      if (p.gate >= 0) {
-        finish_gated(p, sums[r], row + r, first);
-      } else {
+  const bool is_line = !p.halves && second + TILE <= p.num_outputs;
+  const auto finish = [&](int64_t block, int rows, const PanelSums* sums) {
+    const int64_t row = first_row + block;
+    if (p.gate >= 0) {
+      for (int r = 0; r < rows; r++) finish_gated(p, sums[r], row + r, first);
+    } else if (is_line) {
+      for (int r = 0; r < rows; r++) finish_line(p, sums[r], row + r, first);
+    } else {
+      for (int r = 0; r < rows; r++) {
         finish_outputs(p, sums[r][0], row + r, first);
         finish_outputs(p, sums[r][1], row + r, second);
       }
