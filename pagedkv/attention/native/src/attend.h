@@ -1,14 +1,8 @@
 // Attention of one step: its items and merges, shared out to threads.
 #pragma once
 
+#include "threads.h"
 #include "work.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
 
 constexpr int64_t SERIAL_COST = 20000;  // below so much work, waking other threads costs more than it gives
 

@@ -7,6 +7,7 @@
 #include "layers.h"
 #include "pairs.h"
 #include "products.h"
+#include "threads.h"
 
 #if defined(PAIRS)
 
@@ -22,9 +23,9 @@ struct Ahead {
   const Pair* next;
   int lines;  // of 64 bytes, for each two tiles that are multiplied
 
-  // The rest of this panel and the beginning of the next where there is but one block of rows, else the next panel, shared out to the blocks.
-  Ahead(const Pair* weight, int64_t num_inputs, int64_t num_blocks)
-      : next(weight + (num_blocks > 1 ? num_inputs / DEPTH * 2 * TILE_PAIRS : NEAR)), lines((int)((2 * TILE + num_blocks - 1) / num_blocks)) {}
+  // Of one block of rows the rest of its panel and the beginning of the next; of more the panels that follow, shared out to the blocks.
+  Ahead(const Pair* weight, int64_t panel_pairs, int num_panels, int64_t num_blocks)
+      : next(weight + (num_blocks > 1 ? num_panels * panel_pairs : NEAR)), lines((int)((2 * TILE + num_blocks - 1) / num_blocks)) {}
 
   inline __attribute__((always_inline)) void ask() {
     for (int line = 0; line < lines; line++, next += LANES) __builtin_prefetch(next);
@@ -68,24 +69,28 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
   __asm__ volatile("" : : "r"(sums) : "memory");  // compilers do not know that tiles are stored
 }
 
-// Calls ``finish(first row, rows, sums)`` for each block of some rows of x with a panel.
+// Calls ``finish(panel, first row, rows, sums)`` for each block of some rows of x and each of some panels. The block stays in the innermost cache meanwhile, and results
+// of a row are written side by side.
 template <class Finish>
-INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, Finish finish) {
+INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, int num_panels, Finish finish) {
   alignas(64) PanelSums sums[ROWS_TOGETHER];
-  const int64_t whole = num_rows / ROWS_TOGETHER * ROWS_TOGETHER, rest = num_rows - whole;
-  Ahead ahead(weight, num_inputs, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
+  const int64_t whole = num_rows / ROWS_TOGETHER * ROWS_TOGETHER, rest = num_rows - whole, panel_pairs = num_inputs / DEPTH * 2 * TILE_PAIRS;
+  Ahead ahead(weight, panel_pairs, num_panels, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
   if (whole) {
     const Tiles tiles;
-    for (int64_t row = 0; row < whole; row += ROWS_TOGETHER) {
-      multiply_tiles<2>(x + row * num_inputs, num_inputs, weight, ahead, sums);
-      finish(row, ROWS_TOGETHER, sums);
-    }
+    for (int64_t row = 0; row < whole; row += ROWS_TOGETHER)
+      for (int panel = 0; panel < num_panels; panel++) {
+        multiply_tiles<2>(x + row * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, sums);
+        finish(panel, row, ROWS_TOGETHER, sums);
+      }
   }
   if (rest) {
     const Tiles tiles(std::min<int>(rest, TILE), std::max<int>(rest - TILE, 1));
-    if (rest > TILE) multiply_tiles<2>(x + whole * num_inputs, num_inputs, weight, ahead, sums);
-    else multiply_tiles<1>(x + whole * num_inputs, num_inputs, weight, ahead, sums);
-    finish(whole, (int)rest, sums);
+    for (int panel = 0; panel < num_panels; panel++) {
+      if (rest > TILE) multiply_tiles<2>(x + whole * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, sums);
+      else multiply_tiles<1>(x + whole * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, sums);
+      finish(panel, whole, (int)rest, sums);
+    }
   }
 }
 
@@ -123,13 +128,16 @@ INLINE void multiply_some(const bfloat16* x, int rows, int64_t num_inputs, const
 }
 
 template <class Finish>
-INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, Finish finish) {
+INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, int num_panels, Finish finish) {
   alignas(64) PanelSums sums[ROWS_TOGETHER];
-  Ahead ahead(weight, num_inputs, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
+  const int64_t panel_pairs = num_inputs / DEPTH * 2 * TILE_PAIRS;
+  Ahead ahead(weight, panel_pairs, num_panels, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
   for (int64_t row = 0; row < num_rows; row += ROWS_TOGETHER) {
     const int rows = (int)std::min<int64_t>(num_rows - row, ROWS_TOGETHER);
-    multiply_some(x + row * num_inputs, rows, num_inputs, weight, ahead, sums);
-    finish(row, rows, sums);
+    for (int panel = 0; panel < num_panels; panel++) {
+      multiply_some(x + row * num_inputs, rows, num_inputs, weight + panel * panel_pairs, ahead, sums);
+      finish(panel, row, rows, sums);
+    }
   }
 }
 
@@ -175,16 +183,14 @@ INLINE void finish_line(const Product& p, const PanelSums& sums, int64_t row, in
   _mm512_storeu_si512((bfloat16*)p.out + place, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 
-// Some rows with one panel.
-static void multiply_pair_panel(const Product& p, int64_t panel, int64_t first_row, int64_t num_rows) {
-  const Pair* weight = (const Pair*)p.weight + panel * (p.num_inputs / DEPTH) * 2 * TILE_PAIRS;
-  const int64_t first = panel * (p.halves ? TILE : 2 * TILE), second = first + (p.halves ? p.num_outputs / 2 : TILE);
-  const bool is_line = !p.halves && second + TILE <= p.num_outputs;
-  const auto finish = [&](int64_t block, int rows, const PanelSums* sums) {
-    const int64_t row = first_row + block;
+// Some rows with some panels.
+static void multiply_pair_panels(const Product& p, int64_t first_panel, int num_panels, int64_t first_row, int64_t num_rows) {
+  const Pair* weight = (const Pair*)p.weight + first_panel * (p.num_inputs / DEPTH) * 2 * TILE_PAIRS;
+  const auto finish = [&](int panel, int64_t block, int rows, const PanelSums* sums) {
+    const int64_t row = first_row + block, first = (first_panel + panel) * (p.halves ? TILE : 2 * TILE), second = first + (p.halves ? p.num_outputs / 2 : TILE);
     if (p.gate >= 0) {
       for (int r = 0; r < rows; r++) finish_gated(p, sums[r], row + r, first);
-    } else if (is_line) {
+    } else if (!p.halves && second + TILE <= p.num_outputs) {
       for (int r = 0; r < rows; r++) finish_line(p, sums[r], row + r, first);
     } else {
       for (int r = 0; r < rows; r++) {
@@ -193,16 +199,20 @@ static void multiply_pair_panel(const Product& p, int64_t panel, int64_t first_r
       }
     }
   };
-  multiply_blocks((const bfloat16*)p.x + first_row * p.num_inputs, num_rows, p.num_inputs, weight, finish);
+  multiply_blocks((const bfloat16*)p.x + first_row * p.num_inputs, num_rows, p.num_inputs, weight, num_panels, finish);
 }
 
-// To be called by all threads of a parallel region, or by none.
+// Panels that a block of rows passes before the next block comes: several where there are many blocks and one stays in the innermost cache, so that what is written of a
+// row lies side by side.
+INLINE int panels_together(const Product& p) { return p.num_rows > 2 * ROWS_TOGETHER && p.num_inputs <= 768 ? 4 : 1; }
+
+// To be called by all threads of a parallel region, or by none: each takes its own panels. They do not wait for each other at the end.
 static void multiply_all_pairs(const Product& p) {
-  const int64_t panels = (p.num_outputs + 2 * TILE - 1) / (2 * TILE);
-  for (int64_t row = 0; row < p.num_rows; row += CHUNK_ROWS) {
-#pragma omp for schedule(static) nowait
-    for (int64_t panel = 0; panel < panels; panel++) multiply_pair_panel(p, panel, row, std::min<int64_t>(p.num_rows - row, CHUNK_ROWS));
-  }
+  const int64_t panels = (p.num_outputs + 2 * TILE - 1) / (2 * TILE), begin = panels * THREAD / THREADS, end = panels * (THREAD + 1) / THREADS;
+  const int together = panels_together(p);
+  for (int64_t row = 0; row < p.num_rows; row += CHUNK_ROWS)
+    for (int64_t panel = begin; panel < end; panel += together)
+      multiply_pair_panels(p, panel, (int)std::min<int64_t>(end - panel, together), row, std::min<int64_t>(p.num_rows - row, CHUNK_ROWS));
 }
 
 #endif
