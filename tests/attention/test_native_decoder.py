@@ -88,14 +88,14 @@ def test_run_decoders_is_its_parts_to_the_bit(build: str, forms: tuple[int, int]
 @pytest.mark.parametrize("build", PAIRED)
 def test_run_decoders_many_rows_do_not_depend_on_threads_nor_on_memory_used_before(build: str) -> None:
     generator = torch.Generator().manual_seed(6)
-    # Large enough that threads are used at all.
-    layers, lens = [layer_of(LIBRARIES[build], generator, inner=480) for _ in range(2)], [150, 140]
-    tables = [list(range(1, 39)), list(range(40, 78))]
+    # Large enough that threads are used at all, and that each of two takes rows of its own.
+    layers, lens = [layer_of(LIBRARIES[build], generator, inner=480) for _ in range(2)], [301, 280]
+    tables = [list(range(1, 77)), list(range(80, 150))]
     batch = BatchBuilder("cpu", 4).build(make_plan(lens, lens, block_tables=tables, block_size=4))
     x, cosines, sines = (random(generator, sum(lens), width) for width in (HIDDEN, WIDTH, WIDTH))
     results = []
     for num_threads, dirty in ((1, False), (2, False), (3, True)):
-        storage = KVStorage([LayerSpec(KV_HEADS, WIDTH, WIDTH)] * 2, num_blocks=80, block_size=4, dtype=torch.bfloat16, device="cpu")
+        storage = KVStorage([LayerSpec(KV_HEADS, WIDTH, WIDTH)] * 2, num_blocks=160, block_size=4, dtype=torch.bfloat16, device="cpu")
         backend = CpuBackend(build=build, num_threads=num_threads)
         run, step = DecoderRun(layers, storage.layers), backend.plan(batch)
         if dirty:

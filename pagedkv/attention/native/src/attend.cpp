@@ -45,7 +45,7 @@ void run_product(const Product& p, int num_threads) {
 void run_pair_product(const Product& p, int num_threads) {
   if (p.num_rows * p.num_inputs * p.num_outputs < SERIAL_PRODUCTS) num_threads = 1;
 #pragma omp parallel num_threads(num_threads)
-  multiply_all_pairs(p);
+  multiply_all_pairs(p, Share::of_all());
 }
 #endif
 

@@ -29,33 +29,70 @@ INLINE Product applied(Product product, const void* x, const void* added, void* 
   return product;
 }
 
-INLINE void norm_all(Layer norm, const bfloat16* x, bfloat16* out, int64_t num_rows) {
+INLINE void norm_all(Layer norm, const bfloat16* x, bfloat16* out, int64_t num_rows, Share share) {
   norm.x = x;
   norm.out = out;
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < num_rows; row++) norm_row<bfloat16>(norm, row);
+  for (int64_t row = share.begin(num_rows); row < share.end(num_rows); row++) norm_row<bfloat16>(norm, row);
 }
 
-// To be called by all threads of a parallel region. ``scratch`` holds rows of two states, of queries with keys and values, of what attention gives, and of what the gate
-// lets through.
-static void run_decoder(const PlacedDecoder& placed, const Joined& j, const bfloat16* x, const void* cosines, const void* sines, bfloat16* out, bfloat16* scratch,
+// A layer's memory. The first three tensors are of the rows that pass from product to product together, the others of all.
+struct DecoderScratch {
+  bfloat16 *normed, *middle, *gated, *joined, *attended;
+
+  // ``place``: where there are several threads' passing rows, whose these are. ``num_rows`` are at least as many as all of them together.
+  DecoderScratch(const Decoder& d, bfloat16* memory, int64_t num_rows, int64_t num_passing, int place) {
+    const int64_t width = d.joined.num_inputs + d.output.num_outputs + d.down.num_inputs;
+    normed = memory + place * num_passing * width;
+    middle = normed + num_passing * d.joined.num_inputs;
+    gated = middle + num_passing * d.output.num_outputs;
+    joined = memory + num_rows * width;
+    attended = joined + num_rows * d.joined.num_outputs;
+  }
+};
+
+// From a layer's input to queries, keys and values.
+INLINE void join_rows(const Decoder& d, const DecoderScratch& scratch, const bfloat16* x, int64_t row, int64_t num_rows, Share share) {
+  norm_all(d.first_norm, x + row * d.joined.num_inputs, scratch.normed, num_rows, share);
+  share.wait();
+  multiply_all_pairs(applied(d.joined, scratch.normed, nullptr, scratch.joined + row * d.joined.num_outputs, num_rows), share);
+}
+
+// From what attention gives to the layer's output.
+INLINE void pass_rows(const Decoder& d, const DecoderScratch& scratch, const bfloat16* x, bfloat16* out, int64_t row, int64_t num_rows, Share share) {
+  const int64_t place = row * d.output.num_outputs;
+  multiply_all_pairs(applied(d.output, scratch.attended + row * d.output.num_inputs, x + place, scratch.middle, num_rows), share);
+  share.wait();
+  norm_all(d.second_norm, scratch.middle, scratch.normed, num_rows, share);
+  share.wait();
+  multiply_all_pairs(applied(d.gated, scratch.normed, nullptr, scratch.gated, num_rows), share);
+  share.wait();
+  multiply_all_pairs(applied(d.down, scratch.gated, scratch.middle, out + place, num_rows), share);
+}
+
+// To be called by all threads of a parallel region. Where there are many rows, each thread takes some at a time from product to product, so that what lies between these
+// stays in its cache; else they share out every product.
+static void run_decoder(const PlacedDecoder& placed, const Joined& j, const bfloat16* x, const void* cosines, const void* sines, bfloat16* out, bfloat16* memory,
                         float* attend_scratch) {
   const Decoder& d = *placed.decoder;
   const int64_t num_rows = j.rows->num_tokens;
-  bfloat16 *normed = scratch, *middle = normed + num_rows * d.joined.num_inputs, *joined = middle + num_rows * d.output.num_outputs;
-  bfloat16 *attended = joined + num_rows * d.joined.num_outputs, *gated = attended + num_rows * d.output.num_inputs;
+  const bool by_rows = num_rows >= CHUNK_ROWS * THREADS;
+  const Share share = by_rows ? Share::alone() : Share::of_all();
+  const int64_t num_passing = by_rows ? CHUNK_ROWS : num_rows;
+  const DecoderScratch scratch(d, memory, num_rows, num_passing, by_rows ? THREAD : 0);
 #pragma omp single
-  point_at(j, joined, cosines, sines, placed.key_pool, placed.value_pool, attended);
-  norm_all(d.first_norm, x, normed, num_rows);
-  multiply_all_pairs(applied(d.joined, normed, nullptr, joined, num_rows));
-#pragma omp barrier
+  point_at(j, scratch.joined, cosines, sines, placed.key_pool, placed.value_pool, scratch.attended);
+  if (!by_rows) {
+    join_rows(d, scratch, x, 0, num_rows, share);
+    share.wait();
+    attend_joined<bfloat16>(j, attend_scratch);
+    pass_rows(d, scratch, x, out, 0, num_rows, share);
+    return;
+  }
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t row = 0; row < num_rows; row += CHUNK_ROWS) join_rows(d, scratch, x, row, std::min<int64_t>(num_rows - row, CHUNK_ROWS), share);
   attend_joined<bfloat16>(j, attend_scratch);
-  multiply_all_pairs(applied(d.output, attended, x, middle, num_rows));
-#pragma omp barrier
-  norm_all(d.second_norm, middle, normed, num_rows);
-  multiply_all_pairs(applied(d.gated, normed, nullptr, gated, num_rows));
-#pragma omp barrier
-  multiply_all_pairs(applied(d.down, gated, middle, out, num_rows));
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t row = 0; row < num_rows; row += CHUNK_ROWS) pass_rows(d, scratch, x, out, row, std::min<int64_t>(num_rows - row, CHUNK_ROWS), share);
 }
 
 // Layers one after the other, ``out [layers, T, H]`` of ``x [T, H]``.
