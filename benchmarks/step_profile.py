@@ -28,6 +28,7 @@ from pagedkv.attention.torch_backend import TorchBackend
 from pagedkv.models.call import ModelCall
 from pagedkv.models.fused_layers import FusedLayer
 from pagedkv.models.linear_products import PackedProduct
+from pagedkv.models.native_layer import NativeLayer
 from pagedkv.models.replacements import Replacements
 from pagedkv.responses import Completion, Response
 from pagedkv.sampling import Sampler
@@ -42,7 +43,8 @@ KINDS: dict[str, list[tuple[type, str]]] = {
     "planning": [(Scheduler, "plan")],
     "tables and tokens to tensors": [(BatchBuilder, "build")],
     SWAPS: [],
-    "weights still as packed": [(PackedProduct, "usable"), (FusedLayer, "still")],
+    "weights still as packed": [(PackedProduct, "usable"), (FusedLayer, "still"), (NativeLayer, "weights")],
+    "whole decoder layers": [(CpuBackend, "run_decoders")],
     LINEAR: [],
     ATTENTION: [
         (CpuBackend, "attend_joined"),
@@ -69,8 +71,11 @@ def main() -> None:
     report.note(
         f"model {args.model}, {torch.get_num_threads()} threads, {args.context} tokens of context, seed {args.seed}, {args.repeats} steps"
         + ", processor time" * args.cpu_time
+        + ", parts of decoder layers by calls of their own" * args.apart
         + ", quick" * args.quick
     )
+    if args.apart:
+        NativeLayer.weights = lambda self: None  # type: ignore[method-assign]
     clocks, heads = Clocks(_clock(args)), set[int]()
     _put_in_place(clocks, heads)
     tokenizer = tokenizer_by_name(args.model)
@@ -99,6 +104,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30, help="steps that are measured with clocks, and as many without")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, with one thread: others disturb it less")
+    parser.add_argument(
+        "--apart", action="store_true", help="run products and attention of decoder layers by calls of their own, to tell them apart"
+    )
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time needs --threads 1: it is the main thread's")
