@@ -14,16 +14,18 @@ constexpr int64_t SERIAL_PRODUCTS = 300000;  // the same, of multiplications wit
 template <class T>
 void attend(const Step& step, const Item* items, const Merge* merges, const Counts& counts, float* scratch, int num_threads) {
   if (!is_worth_threads(step, items, counts.items)) num_threads = 1;
+  Meeting meeting;
 #pragma omp parallel num_threads(num_threads)
-  attend_all<T>(step, items, merges, counts, scratch);
+  attend_all<T>(step, items, merges, counts, scratch, Share::among_all(meeting));
 }
 
 template <class T>
 void attend_joined(const Joined& joined, float* scratch, int num_threads) {
   if (joined.rotation->num_rows * joined.rotation->num_heads * joined.rotation->width < SERIAL_ELEMENTS && !is_worth_threads(*joined.step, joined.items, joined.counts->items))
     num_threads = 1;
+  Meeting meeting;
 #pragma omp parallel num_threads(num_threads)
-  attend_joined<T>(joined, scratch);
+  attend_joined<T>(joined, scratch, Share::among_all(meeting));
 }
 
 void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), int num_threads) {
@@ -44,8 +46,9 @@ void run_product(const Product& p, int num_threads) {
 #if defined(PAIRS)
 void run_pair_product(const Product& p, int num_threads) {
   if (p.num_rows * p.num_inputs * p.num_outputs < SERIAL_PRODUCTS) num_threads = 1;
+  Meeting meeting;
 #pragma omp parallel num_threads(num_threads)
-  multiply_all_pairs(p, Share::of_all());
+  multiply_all_pairs(p, Share::among_all(meeting));
 }
 #endif
 

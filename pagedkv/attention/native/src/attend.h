@@ -78,13 +78,9 @@ INLINE bool is_worth_threads(const Step& step, const Item* items, int64_t num_it
   return total >= SERIAL_COST;
 }
 
-// To be called by all threads of a parallel region, or by none.
 template <class T>
-static void attend_all(const Step& step, const Item* items, const Merge* merges, const Counts& counts, float* scratch) {
-  float* mine = scratch + (partial_floats(step, counts.partial_rows) * counts.partials + 15) / 16 * 16 + thread_floats(step) * THREAD;
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < counts.items; i++) run_item<T>(step, items[i], mine, scratch, counts.partial_rows);
-  if (counts.merges == 0) return;
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < counts.merges; i++) run_merge<T>(step, merges[i], scratch, counts.partial_rows);
+static void attend_all(const Step& step, const Item* items, const Merge* merges, const Counts& counts, float* scratch, const Share& share) {
+  float* mine = scratch + (partial_floats(step, counts.partial_rows) * counts.partials + 15) / 16 * 16 + thread_floats(step) * share.part;
+  share.each(counts.items, [&](int64_t i) { run_item<T>(step, items[i], mine, scratch, counts.partial_rows); });
+  if (counts.merges) share.each(counts.merges, [&](int64_t i) { run_merge<T>(step, merges[i], scratch, counts.partial_rows); });
 }

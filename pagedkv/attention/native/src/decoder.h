@@ -29,7 +29,7 @@ INLINE Product applied(Product product, const void* x, const void* added, void* 
   return product;
 }
 
-INLINE void norm_all(Layer norm, const bfloat16* x, bfloat16* out, int64_t num_rows, Share share) {
+INLINE void norm_all(Layer norm, const bfloat16* x, bfloat16* out, int64_t num_rows, const Share& share) {
   norm.x = x;
   norm.out = out;
   for (int64_t row = share.begin(num_rows); row < share.end(num_rows); row++) norm_row<bfloat16>(norm, row);
@@ -51,14 +51,14 @@ struct DecoderScratch {
 };
 
 // From a layer's input to queries, keys and values.
-INLINE void join_rows(const Decoder& d, const DecoderScratch& scratch, const bfloat16* x, int64_t row, int64_t num_rows, Share share) {
+INLINE void join_rows(const Decoder& d, const DecoderScratch& scratch, const bfloat16* x, int64_t row, int64_t num_rows, const Share& share) {
   norm_all(d.first_norm, x + row * d.joined.num_inputs, scratch.normed, num_rows, share);
   share.wait();
   multiply_all_pairs(applied(d.joined, scratch.normed, nullptr, scratch.joined + row * d.joined.num_outputs, num_rows), share);
 }
 
 // From what attention gives to the layer's output.
-INLINE void pass_rows(const Decoder& d, const DecoderScratch& scratch, const bfloat16* x, bfloat16* out, int64_t row, int64_t num_rows, Share share) {
+INLINE void pass_rows(const Decoder& d, const DecoderScratch& scratch, const bfloat16* x, bfloat16* out, int64_t row, int64_t num_rows, const Share& share) {
   const int64_t place = row * d.output.num_outputs;
   multiply_all_pairs(applied(d.output, scratch.attended + row * d.output.num_inputs, x + place, scratch.middle, num_rows), share);
   share.wait();
@@ -69,30 +69,31 @@ INLINE void pass_rows(const Decoder& d, const DecoderScratch& scratch, const bfl
   multiply_all_pairs(applied(d.down, scratch.gated, scratch.middle, out + place, num_rows), share);
 }
 
-// To be called by all threads of a parallel region. Where there are many rows, each thread takes some at a time from product to product, so that what lies between these
-// stays in its cache; else they share out every product.
+// Where there are many rows, each thread takes some at a time from product to product, so that what lies between these stays in its cache; else the threads share out
+// every product.
 static void run_decoder(const PlacedDecoder& placed, const Joined& j, const bfloat16* x, const void* cosines, const void* sines, bfloat16* out, bfloat16* memory,
-                        float* attend_scratch) {
+                        float* attend_scratch, const Share& all) {
   const Decoder& d = *placed.decoder;
-  const int64_t num_rows = j.rows->num_tokens;
-  const bool by_rows = num_rows >= CHUNK_ROWS * THREADS;
-  const Share share = by_rows ? Share::alone() : Share::of_all();
-  const int64_t num_passing = by_rows ? CHUNK_ROWS : num_rows;
-  const DecoderScratch scratch(d, memory, num_rows, num_passing, by_rows ? THREAD : 0);
-#pragma omp single
-  point_at(j, scratch.joined, cosines, sines, placed.key_pool, placed.value_pool, scratch.attended);
-  if (!by_rows) {
-    join_rows(d, scratch, x, 0, num_rows, share);
-    share.wait();
-    attend_joined<bfloat16>(j, attend_scratch);
-    pass_rows(d, scratch, x, out, 0, num_rows, share);
-    return;
+  const int64_t num_rows = j.rows->num_tokens, num_chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+  const bool by_rows = num_rows >= CHUNK_ROWS * all.parts;
+  const DecoderScratch scratch(d, memory, num_rows, by_rows ? CHUNK_ROWS : num_rows, by_rows ? all.part : 0);
+  const auto each_chunk = [&](auto work) {
+    all.each(num_chunks, [&](int64_t chunk) { work(chunk * CHUNK_ROWS, std::min<int64_t>(num_rows - chunk * CHUNK_ROWS, CHUNK_ROWS)); });
+  };
+  if (all.part == 0) point_at(j, scratch.joined, cosines, sines, placed.key_pool, placed.value_pool, scratch.attended);
+  if (by_rows) {
+    each_chunk([&](int64_t row, int64_t count) { join_rows(d, scratch, x, row, count, Share::alone()); });
+  } else {
+    join_rows(d, scratch, x, 0, num_rows, all);
+    all.wait();
   }
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t row = 0; row < num_rows; row += CHUNK_ROWS) join_rows(d, scratch, x, row, std::min<int64_t>(num_rows - row, CHUNK_ROWS), share);
-  attend_joined<bfloat16>(j, attend_scratch);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t row = 0; row < num_rows; row += CHUNK_ROWS) pass_rows(d, scratch, x, out, row, std::min<int64_t>(num_rows - row, CHUNK_ROWS), share);
+  attend_joined<bfloat16>(j, attend_scratch, all);
+  if (by_rows) {
+    each_chunk([&](int64_t row, int64_t count) { pass_rows(d, scratch, x, out, row, count, Share::alone()); });
+  } else {
+    pass_rows(d, scratch, x, out, 0, num_rows, all);
+    all.wait();
+  }
 }
 
 // Layers one after the other, ``out [layers, T, H]`` of ``x [T, H]``.
@@ -101,8 +102,13 @@ static void run_decoders(const PlacedDecoder* layers, int num_layers, const Join
   const Product& largest = layers[0].decoder->gated;
   const int64_t numbers = j.rows->num_tokens * largest.num_inputs;
   const int num_threads = numbers * largest.num_outputs < SERIAL_MULTIPLICATIONS ? 1 : j.num_threads;
+  Meeting meeting;
 #pragma omp parallel num_threads(num_threads)
-  for (int i = 0; i < num_layers; i++) run_decoder(layers[i], j, i ? out + (i - 1) * numbers : x, cosines, sines, out + i * numbers, scratch, attend_scratch);
+  {
+    const Share all = Share::among_all(meeting);
+    for (int i = 0; i < num_layers; i++)
+      run_decoder(layers[i], j, i ? out + (i - 1) * numbers : x, cosines, sines, out + i * numbers, scratch, attend_scratch, all);
+  }
 }
 
 #endif

@@ -52,13 +52,12 @@ INLINE void point_at(const Joined& j, void* rows, const void* cosines, const voi
   j.step->value = value_pool;
 }
 
-// To be called by all threads of a parallel region, or by none.
 template <class T>
-static void attend_joined(const Joined& j, float* scratch) {
-#pragma omp for schedule(static)
-  for (int64_t t = 0; t < j.rows->num_tokens; t++) {
+static void attend_joined(const Joined& j, float* scratch, const Share& share) {
+  for (int64_t t = share.begin(j.rows->num_tokens); t < share.end(j.rows->num_tokens); t++) {
     rotate_row<T>(*j.rotation, t);
     write_token(*j.rows, t);
   }
-  attend_all<T>(*j.step, j.items, j.merges, *j.counts, scratch);
+  share.wait();
+  attend_all<T>(*j.step, j.items, j.merges, *j.counts, scratch, share);
 }

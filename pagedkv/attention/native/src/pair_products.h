@@ -206,7 +206,7 @@ static void multiply_pair_panels(const Product& p, int64_t first_panel, int num_
 // row lies side by side.
 INLINE int panels_together(const Product& p) { return p.num_rows > 2 * ROWS_TOGETHER && p.num_inputs <= 768 ? 4 : 1; }
 
-static void multiply_all_pairs(const Product& p, Share share) {
+static void multiply_all_pairs(const Product& p, const Share& share) {
   const int64_t panels = (p.num_outputs + 2 * TILE - 1) / (2 * TILE), begin = share.begin(panels), end = share.end(panels);
   const int together = panels_together(p);
   for (int64_t row = 0; row < p.num_rows; row += CHUNK_ROWS)
