@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+gc.disable()  # until all tests are collected: what is imported until then stays, and searching it for garbage takes seconds
 
 SWEEP_SEED = 20261122
 
@@ -46,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from pagedkv.attention.native import library
 
         library.FOLDER = folder
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 class Sweep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -56,6 +57,7 @@ def _run(
         with file.open("wb") as opened:
             os.dup2(opened.fileno(), stream.fileno())
         stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    gc.freeze()  # what the server imported is never garbage
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
