@@ -223,7 +223,8 @@ class PackedProduct:
     def _multiplied_exactly(self, weight: Tensor, bias: Tensor | None) -> int:
         """Pack for whoever multiplies weights as they are; returns the bytes."""
         if self._library is not None and PairProduct.fits(weight, self._library):
-            self._pairs = PairProduct(weight, bias, self._library)
+            are_two_alike = len(self._sizes) == 2 and self._sizes[0] == self._sizes[1]  # as a gate and what goes through it
+            self._pairs = PairProduct(weight, bias, self._library, in_halves=are_two_alike)
             return self._pairs.nbytes
         packed = weight.to(self._dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(packed, None)

@@ -34,7 +34,10 @@ def layer_of(library: Library, generator: torch.Generator, *, forms: tuple[int, 
     norms = [NormWeights(random(generator, HIDDEN), 1e-5, forms[0]) for _ in range(2)]
     joined = (HEADS + 2 * KV_HEADS) * WIDTH
     shapes = ((joined, HIDDEN), (HIDDEN, HEADS * WIDTH), (2 * inner, HIDDEN), (HIDDEN, inner))
-    products = [PairProduct(random(generator, *shape), random(generator, shape[0]), library) for shape in shapes]
+    products = [
+        PairProduct(random(generator, *shape), random(generator, shape[0]), library, in_halves=place == 2)
+        for place, shape in enumerate(shapes)
+    ]
     return DecoderLayer((norms[0], norms[1]), products, forms[1])
 
 

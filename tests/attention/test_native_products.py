@@ -91,19 +91,22 @@ PAIR_ROWS = (0, 1, 11, 12, 13, 16, 17, 31, 32, 33, 49, 70, 257, 300)  # of tiles
 needs_pairs = pytest.mark.skipif(not PAIRED, reason="no build that multiplies pairs runs here")
 
 
-def pairs_drawn(build: str, outputs: int, inputs: int, *, bias: bool = False) -> tuple[PairProduct, Tensor, Tensor]:
+def pairs_drawn(
+    build: str, outputs: int, inputs: int, *, bias: bool = False, in_halves: bool = False
+) -> tuple[PairProduct, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randn((outputs, inputs), generator=generator).bfloat16()
     added = torch.randn(outputs, generator=generator).bfloat16()
-    return PairProduct(weight, added if bias else None, library_of(build)), weight, added
+    return PairProduct(weight, added if bias else None, library_of(build), in_halves=in_halves), weight, added
 
 
 @needs_pairs
 @pytest.mark.parametrize("build", PAIRED)
 def test_pair_product_any_shape_is_what_float64_gives(build: str) -> None:
     for outputs, inputs in PAIR_SHAPES:
-        for has_bias in (False, True):
-            multiply, weight, bias = pairs_drawn(build, outputs, inputs, bias=has_bias)
+        for has_bias, in_halves in ((False, False), (True, False), (True, True)):
+            multiply, weight, bias = pairs_drawn(build, outputs, inputs, bias=has_bias, in_halves=in_halves)
+            assert multiply.is_in_halves == (in_halves and outputs % 32 == 0)
             for rows in PAIR_ROWS:
                 generator = torch.Generator().manual_seed(rows)
                 x, more = (torch.randn((1, rows, size), generator=generator).bfloat16() for size in (inputs, outputs))

@@ -78,20 +78,22 @@ class PairProduct:
         weight: ``[N, K]`` bfloat16, for which ``fits`` holds.
         bias: ``[N]`` bfloat16, or None.
         library: what computes.
+        in_halves: lay outputs of the first half beside those of the second, where each half is whole tiles, so that one can be a gate of
+            the other.
 
     Attributes:
         nbytes: of the packed weights and the bias.
         struct: of the product, but for its rows.
         library: what computes.
-        is_in_halves: whether outputs of the first half lie beside those of the second, so that one can be a gate of the other.
+        is_in_halves: whether it is laid out so.
 
     A row's result is the same bits whatever rows are beside it. Holds nothing that changes, so that threads may share one. Cost of a
     call: reads every weight once from memory.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, library: Library) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, library: Library, *, in_halves: bool = False) -> None:
         self._num_outputs, self._num_inputs = weight.shape
-        self.is_in_halves = self._num_outputs % (2 * _TILE) == 0
+        self.is_in_halves = in_halves and self._num_outputs % (2 * _TILE) == 0
         if self.is_in_halves:
             tiles = weight.view(2, -1, _TILE, self._num_inputs).transpose(0, 1)
         else:
