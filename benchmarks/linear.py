@@ -29,7 +29,8 @@ from pagedkv.models.linear_products import PackedProduct
 from pagedkv.storage import BatchBuilder
 from pagedkv.testing.plans import make_plan
 
-PLAIN, PACKED, MERGED, INT8, TORCH_INT8 = "plain", "packed", "merged", "int8", "torch's int8"
+PLAIN, PACKED, MERGED, NATIVE, INT8, TORCH_INT8 = "plain", "packed", "merged", "native", "int8", "torch's int8"
+USED = "what a step runs"
 ROWS = (1, 4, 16, 64, 256)
 STEP_ROWS = (1, 16, 64)
 CONTEXT, BLOCK_SIZE = 64, 16
@@ -89,9 +90,11 @@ def _layers(report: Report, model: PreTrainedModel, runner: ModelRunner, args: a
         raise SystemExit("the native library is missing: see python -m pagedkv doctor")
     rows = []
     for label, copies in _shapes(model, runner).items():
-        merged, int8 = ([PackedProduct(linears) for linears in copies] for _ in range(2))
+        merged = [PackedProduct(linears) for linears in copies]
+        native, int8 = ([PackedProduct(linears, library) for linears in copies] for _ in range(2))
+        has_native = all(product.pairs is not None for product in native)
         for product in int8:
-            product.quantise(library)
+            product.quantise()
         torch_int8 = [_torch_int8(linears) for linears in copies]
         single = [[PackedProduct([linear]) for linear in linears] for linears in copies]
         for count in ROWS:
@@ -105,15 +108,17 @@ def _layers(report: Report, model: PreTrainedModel, runner: ModelRunner, args: a
             }
             if len(copies[0]) == 1:
                 del ways[MERGED]
+            if has_native:
+                ways[NATIVE] = [_packed([product]) for product in native]
             if count > MOST_TORCH_ROWS:
                 del ways[TORCH_INT8]
             spreads = _turns({name: [partial(way, x) for way in each] for name, each in ways.items()}, args.repeats, scale=1e6)
             for name, spread in spreads.items():
                 report.figure(f"{label}, {count} rows, {name}, us", spread)
-            used = spreads.get(MERGED, spreads[PACKED])  # what a step runs
-            columns = [spreads.get(name) for name in (PLAIN, PACKED, MERGED, INT8, TORCH_INT8)]
+            used = next(spreads[name] for name in (NATIVE, MERGED, PACKED) if name in spreads)
+            columns = [spreads.get(name) for name in (PLAIN, PACKED, MERGED, NATIVE, INT8, TORCH_INT8)]
             rows.append([label, count, *columns, spreads[PLAIN].median / used.median, used.median / spreads[INT8].median])
-    heads = ["layer", "rows", PLAIN, PACKED, MERGED, INT8, TORCH_INT8, f"{PLAIN} / {MERGED}", f"{MERGED} / {INT8}"]
+    heads = ["layer", "rows", PLAIN, PACKED, MERGED, NATIVE, INT8, TORCH_INT8, f"{PLAIN} / {USED}", f"{USED} / {INT8}"]
     report.table("one layer or group of layers, us", heads, rows)
 
 
@@ -163,7 +168,7 @@ def _steps(report: Report, runners: dict[str, ModelRunner], args: argparse.Names
             report.figure(f"step, {count} rows, {name}, ms", spread)
         medians = [spreads[name].median for name in (PLAIN, PACKED, INT8)]
         rows.append([count, *spreads.values(), medians[0] / medians[1], medians[1] / medians[2]])
-    heads = ["rows", PLAIN, MERGED, INT8, f"{PLAIN} / {MERGED}", f"{MERGED} / {INT8}"]
+    heads = ["rows", PLAIN, USED, INT8, f"{PLAIN} / {USED}", f"{USED} / {INT8}"]
     report.table(f"a decode step over {CONTEXT} tokens of context, ms", heads, rows)
 
 
