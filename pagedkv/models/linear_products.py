@@ -81,7 +81,9 @@ class PackedProduct:
         weight_error: of weights of eight bits, see ``Quantised``; None where the copies are exact.
         watched: each parameter as it was when it was packed.
         without_bias: the parameters of those linears that had no bias.
-        pairs: the product by the native library, where that is exact and of any number of rows; else None.
+        pairs: the product of any number of rows by the native library; None where oneDNN has it.
+        most_int8_rows: how few, where ``int8`` is there.
+        int8: the product of few rows with weights of eight bits; None where the copies are exact.
 
     Cost: packing reads and writes the weights once and runs 21 rows through them, packed and plain.
     """
@@ -92,11 +94,10 @@ class PackedProduct:
         self.nbytes = 0
         self.weight_error: float | None = None
         self.pairs: PairProduct | None = None
+        self.int8: Int8Product | None = None
         self._library = library
         self._is_quantised = False
-        self._int8: Int8Product | None = None
-        self._pairs: PairProduct | None = None  # also where weights of eight bits go before it
-        self._most_int8_numbers = 0
+        self.most_int8_rows = 0
         self._last = len(self.linears) - 1
         self._sizes = [linear.out_features for linear in self.linears]
         self.watched: list[_Watched] = []
@@ -163,10 +164,10 @@ class PackedProduct:
 
         ``added [..., out_features]`` is added before the result is rounded: in half precision once, where the model's code does it twice.
         """
-        if self._int8 is not None and x.numel() <= self._most_int8_numbers:
-            return self._int8(x, added)
-        if self._pairs is not None:
-            return self._pairs(x, added)
+        if self.int8 is not None and x.numel() <= self.most_int8_rows * x.shape[-1]:
+            return self.int8(x, added)
+        if self.pairs is not None:
+            return self.pairs(x, added)
         if x.dtype is not self._dtype:
             product = self._multiply(x.to(self._dtype), self._weight, self._bias, "none", [], "").to(x.dtype)
             return product if added is None else product.add_(added)
@@ -186,7 +187,7 @@ class PackedProduct:
         except (RuntimeError, TypeError, AttributeError) as error:  # a dtype, shapes, no memory; another signature; no weight
             self.reason = f"packing failed: {str(error).splitlines()[0]}"
         if self.reason is not None:
-            self._weight = self._bias = self._int8 = self._pairs = self.pairs = self.weight_error = None
+            self._weight = self._bias = self.int8 = self.pairs = self.weight_error = None
             self.nbytes = 0
 
     def _packed(self) -> str | None:
@@ -211,21 +212,20 @@ class PackedProduct:
                 return "its weights are not finite and cannot be rounded to eight bits"
             if self._library is None:
                 return "the native library is missing"
-            self._int8 = Int8Product(rounded.weight, rounded.scale, None if bias is None else bias.float(), self._library)
-            self._most_int8_numbers = _MOST_INT8_ROWS[self._dtype.itemsize] * merged.shape[1]
-            self.nbytes, self.weight_error = self._int8.nbytes, rounded.error(merged)
+            self.int8 = Int8Product(rounded.weight, rounded.scale, None if bias is None else bias.float(), self._library)
+            self.most_int8_rows = _MOST_INT8_ROWS[self._dtype.itemsize]
+            self.nbytes, self.weight_error = self.int8.nbytes, rounded.error(merged)
             merged = rounded.dequantised(merged.dtype)  # for more rows, the same numbers as far as that holds them
             weights = list(torch.split(merged, self._sizes))
         self.nbytes += self._multiplied_exactly(merged, bias)
-        self.pairs = None if self._is_quantised else self._pairs
         return self._difference(weights, biases)
 
     def _multiplied_exactly(self, weight: Tensor, bias: Tensor | None) -> int:
         """Pack for whoever multiplies weights as they are; returns the bytes."""
         if self._library is not None and PairProduct.fits(weight, self._library):
             are_two_alike = len(self._sizes) == 2 and self._sizes[0] == self._sizes[1]  # as a gate and what goes through it
-            self._pairs = PairProduct(weight, bias, self._library, in_halves=are_two_alike)
-            return self._pairs.nbytes
+            self.pairs = PairProduct(weight, bias, self._library, in_halves=are_two_alike)
+            return self.pairs.nbytes
         packed = weight.to(self._dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(packed, None)
         self._bias = None if bias is None else bias.to(self._dtype)

@@ -73,8 +73,10 @@ class NativeLayer:
         return self._weights
 
     def _is_packed(self, weights: DecoderLayer) -> bool:
-        for product, pairs in zip(self._products, weights.products, strict=True):
-            if product.pairs is not pairs or not is_unchanged(product):
+        for place, product in enumerate(self._products):
+            if product.pairs is not weights.products[place] or product.int8 is not (weights.few[place] if weights.few else None):
+                return False
+            if not is_unchanged(product):
                 return False
         for (parameters, attributes, found), norm in zip(self._norms, weights.norms, strict=True):
             weight = parameters.get("weight")
@@ -94,4 +96,7 @@ class NativeLayer:
             if weight is None or type(epsilon) is not float or not NormWeights.fits(weight, pairs[0]):
                 return None
             norms.append(NormWeights(weight, epsilon, found.form))
-        return DecoderLayer((norms[0], norms[1]), pairs, self._gate_form)
+        int8 = [product.int8 for product in self._products if product.int8 is not None]
+        if len(int8) not in (0, len(pairs)):
+            return None
+        return DecoderLayer((norms[0], norms[1]), pairs, self._gate_form, few=int8, most_few=self._products[0].most_int8_rows)

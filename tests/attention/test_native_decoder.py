@@ -11,7 +11,7 @@ from pagedkv.attention.cpu_backend import CpuBackend
 from pagedkv.attention.native.decoder import DecoderLayer, DecoderRun, NormWeights
 from pagedkv.attention.native.library import BUILDS, Library, load_library
 from pagedkv.attention.native.operations import Operations
-from pagedkv.attention.native.products import PairProduct
+from pagedkv.attention.native.products import Int8Product, PairProduct
 from pagedkv.attention.protocol import StepAttention
 from pagedkv.errors import InvalidRequestError
 from pagedkv.storage import BatchBuilder, KVStorage, LayerSpec
@@ -21,6 +21,7 @@ LIBRARIES = {build.name: loaded for build in BUILDS if (loaded := load_library(b
 PAIRED = [name for name, loaded in LIBRARIES.items() if PairProduct.fits(torch.zeros(1, 32, dtype=torch.bfloat16), loaded)]
 HEADS, KV_HEADS, WIDTH, HIDDEN, INNER = 4, 2, 16, 64, 96
 TABLES = [[3, 1, 7, 9], [2, 5, 12, 4]]
+MOST_FEW = 4
 STEPS = (([5, 11], [5, 11]), ([1, 3], [6, 14]), ([1, 1], [7, 15]))
 
 pytestmark = pytest.mark.skipif(not PAIRED, reason="no build that multiplies pairs runs here")
@@ -30,7 +31,9 @@ def random(generator: torch.Generator, *shape: int) -> Tensor:
     return (torch.randn(shape, generator=generator) / 4).bfloat16()
 
 
-def layer_of(library: Library, generator: torch.Generator, *, forms: tuple[int, int] = (0, 0), inner: int = INNER) -> DecoderLayer:
+def layer_of(
+    library: Library, generator: torch.Generator, *, forms: tuple[int, int] = (0, 0), inner: int = INNER, most_few: int = 0
+) -> DecoderLayer:
     norms = [NormWeights(random(generator, HIDDEN), 1e-5, forms[0]) for _ in range(2)]
     joined = (HEADS + 2 * KV_HEADS) * WIDTH
     shapes = ((joined, HIDDEN), (HIDDEN, HEADS * WIDTH), (2 * inner, HIDDEN), (HIDDEN, inner))
@@ -38,7 +41,13 @@ def layer_of(library: Library, generator: torch.Generator, *, forms: tuple[int, 
         PairProduct(random(generator, *shape), random(generator, shape[0]), library, in_halves=place == 2)
         for place, shape in enumerate(shapes)
     ]
-    return DecoderLayer((norms[0], norms[1]), products, forms[1])
+    few = [bytes_of(library, generator, *shape) for shape in shapes] if most_few else []
+    return DecoderLayer((norms[0], norms[1]), products, forms[1], few=few, most_few=most_few)
+
+
+def bytes_of(library: Library, generator: torch.Generator, outputs: int, inputs: int) -> Int8Product:
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    return Int8Product(weight, torch.rand(outputs, generator=generator) / 500, torch.randn(outputs, generator=generator), library)
 
 
 def storage_of(num_layers: int, dtype: torch.dtype = torch.bfloat16) -> KVStorage:
@@ -56,7 +65,7 @@ def by_parts(
 ) -> Tensor:
     """What one layer makes of ``x``, by a call for each of its parts."""
     backend, operations = CpuBackend(build=layer.build), Operations(LIBRARIES[layer.build])
-    qkv, output, gated, down = layer.products
+    qkv, output, gated, down = layer.few if layer.few and len(x) <= MOST_FEW else layer.products
     first, second = (lambda rows, norm=norm: operations.norm(rows, norm.weight, norm.epsilon, forms[0]) for norm in layer.norms)
     attended = backend.attend_joined(qkv(first(x)), *angles, storage.layers[place], step, OPTIONS, num_heads=HEADS)
     middle = output(attended, x)
@@ -68,11 +77,11 @@ def by_parts(
 OPTIONS = AttendOptions(Mask.sliding(9), 0.2, softcap=3.0)
 
 
-@pytest.mark.parametrize("forms", [(0, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize(("forms", "most_few"), [((0, 0), 0), ((1, 1), 0), ((2, 0), 0), ((0, 0), 4), ((0, 1), 4)])
 @pytest.mark.parametrize("build", PAIRED)
-def test_run_decoders_is_its_parts_to_the_bit(build: str, forms: tuple[int, int]) -> None:
+def test_run_decoders_is_its_parts_to_the_bit(build: str, forms: tuple[int, int], most_few: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    layers = [layer_of(LIBRARIES[build], generator, forms=forms) for _ in range(3)]
+    layers = [layer_of(LIBRARIES[build], generator, forms=forms, most_few=most_few) for _ in range(3)]
     ours, theirs, backend = storage_of(3), storage_of(3), CpuBackend(build=build, num_threads=2)
     run = DecoderRun(layers, ours.layers)
     for query_lens, seq_lens in STEPS:
@@ -141,6 +150,9 @@ def test_decoder_layers_that_do_not_go_together_are_refused() -> None:
     layer = layer_of(library, generator)
     with pytest.raises(InvalidRequestError, match="do not fit together"):
         DecoderLayer(layer.norms, [*layer.products[:3], layer.products[1]], 0)
+    few = layer_of(library, generator, inner=64, most_few=4).few
+    with pytest.raises(InvalidRequestError, match="not those of many"):
+        DecoderLayer(layer.norms, layer.products, 0, few=few, most_few=4)
     two, other = storage_of(2), KVStorage([LayerSpec(1, WIDTH, WIDTH)], num_blocks=4, block_size=4, dtype=torch.bfloat16, device="cpu")
     with pytest.raises(InvalidRequestError, match="one geometry"):
         DecoderRun([layer, layer], [two.layers[0], other.layers[0]])

@@ -16,6 +16,7 @@ from pagedkv.attention.native.decoder import DecoderRun
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.products import PairProduct
 from pagedkv.models import ModelRunner
+from pagedkv.models.native_layer import NativeLayer
 from pagedkv.testing.models import tiny_model
 
 LENS = (12, 20)
@@ -193,8 +194,14 @@ def test_run_ahead_in_inference_mode_is_one_layer_at_a_time(calls: list[int]) ->
     assert set(calls) == {1}
 
 
-def test_run_ahead_weights_of_eight_bits_are_not_run_with_exact_ones(calls: list[int]) -> None:
-    runner = ModelRunner(half_model(), pack_linears="int8", fuse=True)
+def test_run_ahead_weights_of_eight_bits_give_the_bits_of_layers_that_run_apart(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = half_model()
+    exact, runner = (ModelRunner(model, pack_linears=wanted, fuse=True) for wanted in (True, "int8"))
     calls.clear()
-    paged_logits(runner, TOKENS, STEPS)
+    ours = paged_logits(runner, TOKENS, STEPS)
+    assert calls == [4] * len(STEPS)
+    assert not torch.equal(ours[0], paged_logits(exact, TOKENS, STEPS)[0])
+    monkeypatch.setattr(NativeLayer, "weights", lambda layer: None)
+    calls.clear()
+    assert_same(ours, paged_logits(runner, TOKENS, STEPS))
     assert calls == []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pagedkv.attention.native.library import DecoderStruct, LayerStruct, PlacedStruct
 from pagedkv.attention.native.operations import DTYPES
-from pagedkv.attention.native.products import PairProduct
+from pagedkv.attention.native.products import Int8Product, PairProduct
 from pagedkv.errors import InvalidRequestError
 from pagedkv.storage.pool import LayerPool
 
@@ -49,12 +49,15 @@ class DecoderLayer:
         norms: before attention, and before the MLP, as wide as the layer's rows.
         products: of queries, keys and values side by side; of what attention gives; of gate and up, in halves; and the last.
         gate_form: an index of ``GATE_FORMS``.
+        few: the same products with weights of eight bits, for few rows, gate and up side by side; empty for none.
+        most_few: rows up to which these are used.
 
     Raises:
         InvalidRequestError: the products do not fit together.
 
     Attributes:
         products: as given.
+        few: as given.
         norms: as given.
         address: of the struct.
         hidden_size: width of the layer's rows.
@@ -64,18 +67,32 @@ class DecoderLayer:
         kind: what layers of one run have in common.
     """
 
-    __slots__ = ("_struct", "address", "build", "hidden_size", "kind", "norms", "num_joined", "products", "row_nbytes")
+    __slots__ = ("_struct", "address", "build", "few", "hidden_size", "kind", "norms", "num_joined", "products", "row_nbytes")
 
-    def __init__(self, norms: tuple[NormWeights, NormWeights], products: Sequence[PairProduct], gate_form: int) -> None:
-        self.norms, self.products = norms, tuple(products)
-        self._struct = DecoderStruct(*(norm.struct for norm in norms), *(product.struct for product in products))
-        self._struct.gated.gate = gate_form
+    def __init__(
+        self,
+        norms: tuple[NormWeights, NormWeights],
+        products: Sequence[PairProduct],
+        gate_form: int,
+        *,
+        few: Sequence[Int8Product] = (),
+        most_few: int = 0,
+    ) -> None:
+        self.norms, self.products, self.few = norms, tuple(products), tuple(few)
+        self._struct = DecoderStruct(*(norm.struct for norm in norms), most_few=most_few if few else 0)
+        self._struct.many[:] = [product.struct for product in products]
+        for place, product in enumerate(few):
+            self._struct.few[place] = product.struct
+        self._struct.many[2].gate = self._struct.few[2].gate = gate_form
         joined, output, gated, down = (product.struct for product in products)
+        sizes = [[(each.struct.num_inputs, each.struct.num_outputs) for each in group] for group in (products, few)]
+        if few and sizes[0] != sizes[1]:
+            raise InvalidRequestError("the products of few rows are not those of many")
         if (output.num_outputs, gated.num_inputs, down.num_outputs, 2 * down.num_inputs) != (*[joined.num_inputs] * 3, gated.num_outputs):
             raise InvalidRequestError("the products of the layer do not fit together")
         self.hidden_size, self.num_joined = int(joined.num_inputs), int(joined.num_outputs)
         self.address = ctypes.addressof(self._struct)
-        numbers = joined.num_inputs + output.num_outputs + joined.num_outputs + output.num_inputs + down.num_inputs
+        numbers = joined.num_inputs + output.num_outputs + joined.num_outputs + output.num_inputs + down.num_inputs + gated.num_outputs
         self.row_nbytes = int(numbers) * torch.bfloat16.itemsize
         self.build = products[0].library.build.name
         self.kind = (self.hidden_size, self.num_joined, self.build)

@@ -79,11 +79,12 @@ class ProductStruct(ctypes.Structure):
 
 
 class DecoderStruct(ctypes.Structure):
-    """``Decoder`` of decoder.h: the norms and products of one layer."""
+    """``Decoder`` of decoder.h: the norms of one layer, and its products of many and of few rows."""
 
     _fields_ = (
         *((name, LayerStruct) for name in ("first_norm", "second_norm")),
-        *((name, ProductStruct) for name in ("joined", "output", "gated", "down")),
+        *((name, ProductStruct * 4) for name in ("many", "few")),
+        ("most_few", ctypes.c_int64),
     )
 
 

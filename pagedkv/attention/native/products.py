@@ -19,8 +19,35 @@ _BYTES, _PAIRED = 0, 1  # layouts, as products.h numbers them
 _TILE, _DEPTH = 16, 32  # outputs and inputs of one tile of pairs
 
 
-class Int8Product:
-    """``x @ (weight * scale).T + bias`` of few rows: sums in float32, rounded once to the dtype of ``x``.
+class _NativeProduct:
+    """What both kinds share: a struct but for its rows, and the call.
+
+    Attributes:
+        struct: of the product, but for its rows.
+        library: what computes.
+    """
+
+    def __init__(self, struct: ProductStruct, library: Library) -> None:
+        self.struct, self.library = struct, library
+        self._multiply = library.functions.pagedkv_multiply
+
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """``[..., N]`` of ``x [..., K]``; ``added [..., N]``, of the same dtype, is added before the result is rounded.
+
+        Both on the CPU, of a dtype that the product takes: the caller sees to that, and to shapes.
+        """
+        rows, more = x.contiguous(), None if added is None else added.contiguous()
+        out = x.new_empty((*x.shape[:-1], self.struct.num_outputs))
+        product = ProductStruct.from_buffer_copy(self.struct)
+        product.x, product.out = rows.data_ptr(), out.data_ptr()
+        product.added = None if more is None else more.data_ptr()
+        product.num_rows, product.dtype = rows.numel() // product.num_inputs, DTYPES[x.dtype]
+        self._multiply(ctypes.addressof(product), torch.get_num_threads())
+        return out
+
+
+class Int8Product(_NativeProduct):
+    """``x @ (weight * scale).T + bias`` of few rows: sums in float32, rounded once to the dtype of ``x``, any of ``DTYPES``.
 
     Args:
         weight: ``[N, K]`` int8.
@@ -35,43 +62,27 @@ class Int8Product:
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, library: Library) -> None:
-        self._num_outputs, self._num_inputs = weight.shape
+        num_outputs, num_inputs = weight.shape
         side_by_side = _REGISTERS * int(library.functions.pagedkv_lanes())
-        rest = -self._num_outputs % side_by_side
-        panels = torch.nn.functional.pad(weight, (0, 0, 0, rest)).view(-1, side_by_side, self._num_inputs)
+        rest = -num_outputs % side_by_side
+        panels = torch.nn.functional.pad(weight, (0, 0, 0, rest)).view(-1, side_by_side, num_inputs)
         self._weight = panels.transpose(1, 2).contiguous()
         self._scale = torch.nn.functional.pad(scale, (0, rest))
         self._bias = None if bias is None else torch.nn.functional.pad(bias, (0, rest))
-        self._multiply = library.functions.pagedkv_multiply
-        self._addresses = (self._weight.data_ptr(), self._scale.data_ptr(), None if self._bias is None else self._bias.data_ptr())
         self.nbytes = self._weight.nbytes + self._scale.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """``[..., N]`` of ``x [..., K]``; ``added [..., N]``, of the same dtype, is added before the result is rounded.
-
-        Both on the CPU, float32, bfloat16 or float16: the caller sees to that, and to shapes.
-        """
-        rows = x.float().contiguous()
-        out = x.new_empty((*x.shape[:-1], self._num_outputs))
-        more = None if added is None else added.contiguous()
-        product = ProductStruct(
-            rows.data_ptr(),
-            *self._addresses,
-            None if more is None else more.data_ptr(),
-            out.data_ptr(),
-            self._num_inputs,
-            self._num_outputs,
-            rows.numel() // self._num_inputs,
-            DTYPES[x.dtype],
-            _BYTES,
-            0,
-            -1,
+        struct = ProductStruct(
+            weight=self._weight.data_ptr(),
+            scale=self._scale.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            layout=_BYTES,
+            gate=-1,
         )
-        self._multiply(ctypes.addressof(product), torch.get_num_threads())
-        return out
+        super().__init__(struct, library)
 
 
-class PairProduct:
+class PairProduct(_NativeProduct):
     """``x @ weight.T + bias`` of bfloat16: sums in float32 in the order of the inputs, rounded once.
 
     Args:
@@ -83,8 +94,6 @@ class PairProduct:
 
     Attributes:
         nbytes: of the packed weights and the bias.
-        struct: of the product, but for its rows.
-        library: what computes.
         is_in_halves: whether it is laid out so.
 
     A row's result is the same bits whatever rows are beside it. Holds nothing that changes, so that threads may share one. Cost of a
@@ -92,44 +101,31 @@ class PairProduct:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, library: Library, *, in_halves: bool = False) -> None:
-        self._num_outputs, self._num_inputs = weight.shape
-        self.is_in_halves = in_halves and self._num_outputs % (2 * _TILE) == 0
+        num_outputs, num_inputs = weight.shape
+        self.is_in_halves = in_halves and num_outputs % (2 * _TILE) == 0
         if self.is_in_halves:
-            tiles = weight.view(2, -1, _TILE, self._num_inputs).transpose(0, 1)
+            tiles = weight.view(2, -1, _TILE, num_inputs).transpose(0, 1)
         else:
-            rest = -self._num_outputs % (2 * _TILE)
-            tiles = torch.nn.functional.pad(weight, (0, 0, 0, rest)).view(-1, 2, _TILE, self._num_inputs)
+            rest = -num_outputs % (2 * _TILE)
+            tiles = torch.nn.functional.pad(weight, (0, 0, 0, rest)).view(-1, 2, _TILE, num_inputs)
         # [P, 2, 16 outputs, K / 32, 16 pairs, 2] to [P, K / 32, 2, 16 pairs, 16 outputs, 2]
         pairs = tiles.reshape(*tiles.shape[:3], -1, _DEPTH // 2, 2)
         self._weight = pairs.permute(0, 3, 1, 4, 2, 5).contiguous()
-        self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -self._num_outputs % (2 * _TILE)))
+        self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -num_outputs % (2 * _TILE)))
         self.nbytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-        self.library = library
-        self.struct = ProductStruct(
+        struct = ProductStruct(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
-            num_inputs=self._num_inputs,
-            num_outputs=self._num_outputs,
-            dtype=DTYPES[torch.bfloat16],
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
             layout=_PAIRED,
             halves=self.is_in_halves,
             gate=-1,
         )
-        self._multiply = library.functions.pagedkv_multiply
+        super().__init__(struct, library)
 
     @staticmethod
     def fits(weight: Tensor, library: Library) -> bool:
         """Whether weights are such that this build multiplies them in pairs."""
         known = weight.dtype is torch.bfloat16 and weight.shape[1] % _DEPTH == 0
         return known and bool(library.functions.pagedkv_multiplies_pairs())
-
-    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """``[..., N]`` of ``x [..., K]``, bfloat16 on the CPU; ``added [..., N]`` is added before the result is rounded. Not checked."""
-        rows, more = x.contiguous(), None if added is None else added.contiguous()
-        out = x.new_empty((*x.shape[:-1], self._num_outputs))
-        product = ProductStruct.from_buffer_copy(self.struct)
-        product.x, product.out = rows.data_ptr(), out.data_ptr()
-        product.added = None if more is None else more.data_ptr()
-        product.num_rows = rows.numel() // self._num_inputs
-        self._multiply(ctypes.addressof(product), torch.get_num_threads())
-        return out

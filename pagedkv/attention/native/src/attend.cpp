@@ -34,23 +34,13 @@ void run_layer(const Layer& layer, void (*row)(const Layer&, int64_t), int num_t
   for (int64_t r = 0; r < layer.num_rows; r++) row(layer, r);
 }
 
-template <class T>
-void run_product(const Product& p, int num_threads) {
-  const int64_t panels = (p.num_outputs + OUTPUTS - 1) / OUTPUTS;
-  if (p.num_rows * p.num_inputs * p.num_outputs < SERIAL_PRODUCTS) num_threads = 1;
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int row = 0; row < p.num_rows; row += ROWS_AT_ONCE) multiply_panel<T>(p, panel, row);
-}
-
-#if defined(PAIRS)
-void run_pair_product(const Product& p, int num_threads) {
+template <class Multiply>
+void run_product(const Product& p, int num_threads, Multiply multiply) {
   if (p.num_rows * p.num_inputs * p.num_outputs < SERIAL_PRODUCTS) num_threads = 1;
   Meeting meeting;
 #pragma omp parallel num_threads(num_threads)
-  multiply_all_pairs(p, Share::among_all(meeting));
+  multiply(p, Share::among_all(meeting));
 }
-#endif
 
 }  // namespace
 
@@ -104,16 +94,16 @@ LAYER_ENTRY(pagedkv_rotate, rotate_row)
 int32_t pagedkv_multiply(const Product* product, int32_t num_threads) {
   if (product->layout == PAIRED) {
 #if defined(PAIRS)
-    run_pair_product(*product, num_threads);
+    run_product(*product, num_threads, multiply_all_pairs);
     return 0;
 #else
     return 1;
 #endif
   }
   switch (product->dtype) {
-    case FLOAT32: run_product<float>(*product, num_threads); return 0;
-    case BFLOAT16: run_product<bfloat16>(*product, num_threads); return 0;
-    case FLOAT16: run_product<float16>(*product, num_threads); return 0;
+    case FLOAT32: run_product(*product, num_threads, multiply_all_bytes<float>); return 0;
+    case BFLOAT16: run_product(*product, num_threads, multiply_all_bytes<bfloat16>); return 0;
+    case FLOAT16: run_product(*product, num_threads, multiply_all_bytes<float16>); return 0;
   }
   return 1;
 }
