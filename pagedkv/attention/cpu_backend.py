@@ -193,10 +193,11 @@ class CpuBackend:
             raise InvalidRequestError(
                 f"rows are {x.dtype} {list(x.shape)}, strides {x.stride()}: contiguous bfloat16 {[num_tokens, first.hidden_size]} is needed"
             )
-        if pool.dtype is not torch.bfloat16 or first.num_joined != width or first.build != self.build:
+        wanted, attended = (width, num_heads * pool.spec.value_dim, self.build), (first.num_joined, first.num_attended, first.build)
+        if pool.dtype is not torch.bfloat16 or wanted != attended:
             raise InvalidRequestError(
-                f"a layer makes {first.num_joined} numbers a token by the build {first.build!r}: the pool of {pool.dtype} takes {width}"
-                f" by {self.build!r}"
+                f"a layer makes {attended[0]} numbers a token and takes {attended[1]} by the build {attended[2]!r}: of a pool of {pool.dtype}"
+                f" it would be {wanted[0]} and {wanted[1]} by {wanted[2]!r}"
             )
         output = x.new_empty(len(run.layers), *x.shape)
         rows_nbytes = -(-num_tokens * run.row_nbytes // _LINE) * _LINE

@@ -126,7 +126,8 @@ class FusedLayer:
         sizes = [size // attention.width for size in self._products[0].sizes]
         self._num_heads, self._num_turned = sizes[0], sizes[0] + sizes[1]
         self._inner = self._products[2].sizes[0]
-        self.native = self._native(attention) if self._gate_first else None
+        has_pairs = all(product.pairs is not None for product in self._products)
+        self.native = self._native(attention) if self._gate_first and has_pairs else None
         self._dtype = next(iter(packed.values())).weight.dtype
 
     @classmethod

@@ -191,6 +191,7 @@ class PackedProduct:
             self.nbytes = 0
 
     def _packed(self) -> str | None:
+        self.pairs = self.int8 = None
         if any(linear._parameters.get("weight") is None for linear in self.linears):
             return "its weight is not a parameter (any more)"
         weights = [linear.weight.detach() for linear in self.linears]

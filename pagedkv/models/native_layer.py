@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pagedkv.attention.native.decoder import DecoderLayer, DecoderRun, NormWeights
+from pagedkv.attention.native.decoder import DecoderLayer, NormWeights
 from pagedkv.models.fused_modules import Norm
 from pagedkv.models.linear_products import PackedProduct, is_unchanged
 
@@ -35,7 +35,6 @@ class NativeLayer:
         num_heads: as given.
         is_in_place: whether it stands in the model in the step that runs.
         follower: the layer that the model called next with what this one gave, everything else being the same; None where there is none.
-        run: of this layer and those that follow it, as it was last used.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class NativeLayer:
         self.layer_idx, self.num_heads = layer_idx, num_heads
         self.is_in_place = False
         self.follower: NativeLayer | None = None
-        self.run: DecoderRun | None = None
         self._weights: DecoderLayer | None = None
 
     @property
@@ -81,6 +79,8 @@ class NativeLayer:
         for (parameters, attributes, found), norm in zip(self._norms, weights.norms, strict=True):
             weight = parameters.get("weight")
             if weight is not norm.weight or weight.data_ptr() != norm.address or attributes.get(found.epsilon) != norm.epsilon:
+                return False
+            if not NormWeights.fits(weight, weights.products[0]):
                 return False
         return True
 

@@ -146,8 +146,9 @@ class PagedStep:
             return None
         if not (cosines.is_contiguous() and sines.is_contiguous()):
             return None
-        given, can_wait = (cosines, sines, mask), not x.is_inference()  # whose changes torch does not count
-        if can_wait:
+        given = (cosines, sines, mask)
+        can_wait = not (torch.is_inference_mode_enabled() or any(each is not None and each.is_inference() for each in (x, *given)))
+        if can_wait:  # of an inference tensor torch counts no changes
             self.ahead.follows(layer, x, given)
         most = max(_MOST_AHEAD_NBYTES // x.nbytes, 1) if can_wait else 1
         options = self._plain_layer(layer, x.shape, mask)
@@ -155,7 +156,7 @@ class PagedStep:
         layers, run = run_from(layer, weights, pool, self._pool_ahead, most=most)
         results = backend.run_decoders(run, x[0], cosines[0], sines[0], self.attention, options, num_heads=layer.num_heads)
         rows = [results.narrow(0, place, 1) for place in range(len(layers))]
-        return self.ahead.hold(layers, rows, given) if can_wait else rows[0]
+        return self.ahead.hold(layers, run.layers, rows, given) if can_wait else rows[0]
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""

@@ -62,12 +62,13 @@ class DecoderLayer:
         address: of the struct.
         hidden_size: width of the layer's rows.
         num_joined: numbers of a token's queries, keys and values.
+        num_attended: numbers that attention gives for a token.
         row_nbytes: bytes of scratch memory for each row.
         build: name of the build that packed the weights.
         kind: what layers of one run have in common.
     """
 
-    __slots__ = ("_struct", "address", "build", "few", "hidden_size", "kind", "norms", "num_joined", "products", "row_nbytes")
+    __slots__ = ("_struct", "address", "build", "few", "hidden_size", "kind", "norms", "num_attended", "num_joined", "products", "row_nbytes")
 
     def __init__(
         self,
@@ -95,7 +96,8 @@ class DecoderLayer:
         numbers = joined.num_inputs + output.num_outputs + joined.num_outputs + output.num_inputs + down.num_inputs + gated.num_outputs
         self.row_nbytes = int(numbers) * torch.bfloat16.itemsize
         self.build = products[0].library.build.name
-        self.kind = (self.hidden_size, self.num_joined, self.build)
+        self.num_attended = int(output.num_inputs)
+        self.kind = (self.hidden_size, self.num_joined, self.num_attended, self.build)
 
 
 class DecoderRun:

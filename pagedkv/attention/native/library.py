@@ -32,7 +32,7 @@ class StepStruct(ctypes.Structure):
 
 
 class RowsStruct(ctypes.Structure):
-    """``Rows`` of attend.cpp: K and V of some tokens, and the slots where they go."""
+    """``Rows`` of joined.h: K and V of some tokens, and the slots where they go."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("key", "value", "key_pool", "value_pool", "blocks", "offsets")),
@@ -58,7 +58,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class JoinedStruct(ctypes.Structure):
-    """``Joined`` of attend.cpp: the structs of a rotation, of rows to store and of attention, and the step's work list."""
+    """``Joined`` of joined.h: the structs of a rotation, of rows to store and of attention, and the step's work list."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rotation", "rows", "step", "items", "merges", "counts")),

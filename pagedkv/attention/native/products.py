@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pagedkv.attention.native.library import Library, ProductStruct
 from pagedkv.attention.native.operations import DTYPES
+from pagedkv.errors import InvalidRequestError
 
 _REGISTERS = 4  # of outputs that lie side by side, as products.h has them
 _BYTES, _PAIRED = 0, 1  # layouts, as products.h numbers them
@@ -29,19 +30,28 @@ class _NativeProduct:
 
     def __init__(self, struct: ProductStruct, library: Library) -> None:
         self.struct, self.library = struct, library
+        self._num_inputs, self._num_outputs = int(struct.num_inputs), int(struct.num_outputs)
         self._multiply = library.functions.pagedkv_multiply
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """``[..., N]`` of ``x [..., K]``; ``added [..., N]``, of the same dtype, is added before the result is rounded.
 
-        Both on the CPU, of a dtype that the product takes: the caller sees to that, and to shapes.
+        Both on the CPU, of a dtype that the product takes: the caller sees to that.
+
+        Raises:
+            InvalidRequestError: shapes that are not the product's.
         """
+        if x.shape[-1] != self._num_inputs or (added is not None and added.shape != (*x.shape[:-1], self._num_outputs)):
+            raise InvalidRequestError(
+                f"rows are {list(x.shape)}{'' if added is None else f', what is added {list(added.shape)}'}:"
+                f" the product makes [..., {self._num_outputs}] of [..., {self._num_inputs}]"
+            )
         rows, more = x.contiguous(), None if added is None else added.contiguous()
-        out = x.new_empty((*x.shape[:-1], self.struct.num_outputs))
+        out = x.new_empty((*x.shape[:-1], self._num_outputs))
         product = ProductStruct.from_buffer_copy(self.struct)
         product.x, product.out = rows.data_ptr(), out.data_ptr()
         product.added = None if more is None else more.data_ptr()
-        product.num_rows, product.dtype = rows.numel() // product.num_inputs, DTYPES[x.dtype]
+        product.num_rows, product.dtype = rows.numel() // self._num_inputs, DTYPES[x.dtype]
         self._multiply(ctypes.addressof(product), torch.get_num_threads())
         return out
 
