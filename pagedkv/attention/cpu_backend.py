@@ -196,8 +196,8 @@ class CpuBackend:
         wanted, attended = (width, num_heads * pool.spec.value_dim, self.build), (first.num_joined, first.num_attended, first.build)
         if pool.dtype is not torch.bfloat16 or wanted != attended:
             raise InvalidRequestError(
-                f"a layer makes {attended[0]} numbers a token and takes {attended[1]} by the build {attended[2]!r}: of a pool of {pool.dtype}"
-                f" it would be {wanted[0]} and {wanted[1]} by {wanted[2]!r}"
+                f"a layer makes {attended[0]} numbers a token and takes {attended[1]} by the build {attended[2]!r}:"
+                f" of a pool of {pool.dtype} it would be {wanted[0]} and {wanted[1]} by {wanted[2]!r}"
             )
         output = x.new_empty(len(run.layers), *x.shape)
         rows_nbytes = -(-num_tokens * run.row_nbytes // _LINE) * _LINE

@@ -50,6 +50,10 @@ def bytes_of(library: Library, generator: torch.Generator, outputs: int, inputs:
     return Int8Product(weight, torch.rand(outputs, generator=generator) / 500, torch.randn(outputs, generator=generator), library)
 
 
+def narrow_output(library: Library, generator: torch.Generator) -> PairProduct:
+    return PairProduct(random(generator, HIDDEN, 96), None, library)
+
+
 def storage_of(num_layers: int, dtype: torch.dtype = torch.bfloat16) -> KVStorage:
     return KVStorage([LayerSpec(KV_HEADS, WIDTH, WIDTH)] * num_layers, num_blocks=20, block_size=4, dtype=dtype, device="cpu")
 
@@ -130,6 +134,9 @@ def test_run_decoders_what_does_not_fit_is_refused() -> None:
     for wrong in (DecoderRun([layer], storage_of(1, torch.float16).layers), run):
         with pytest.raises(InvalidRequestError, match="numbers a token"):
             backend.run_decoders(wrong, x, *angles, step, OPTIONS, num_heads=HEADS if wrong is not run else 2 * HEADS)
+    narrow = DecoderLayer(layer.norms, [layer.products[0], narrow_output(library, generator), *layer.products[2:]], 0)
+    with pytest.raises(InvalidRequestError, match="and takes 96"):
+        backend.run_decoders(DecoderRun([narrow], storage_of(1).layers), x, *angles, step, OPTIONS, num_heads=HEADS)
     with pytest.raises(InvalidRequestError, match="planned by another backend"):
         backend.run_decoders(run, x, *angles, get_backend("reference", device="cpu").plan(batch), OPTIONS, num_heads=HEADS)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pagedkv.attention.native.library import BUILDS, Library, load_library
 from pagedkv.attention.native.operations import DTYPES
 from pagedkv.attention.native.products import Int8Product, PairProduct
+from pagedkv.errors import InvalidRequestError
 
 RUNNABLE = [build.name for build in BUILDS if load_library(build.name).library is not None]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # of the largest result
@@ -153,6 +154,15 @@ def test_pair_product_touches_nothing_but_its_result_and_no_row_sees_another(bui
     library_of(build).functions.pagedkv_multiply(ctypes.addressof(struct), 1)
     assert bool((memory[[0, 2]] == 7).all())
     assert torch.allclose(memory[1].float(), (x.float() @ weight.float().T)[0], rtol=1e-2, atol=0.05)
+
+
+@needs_pairs
+def test_pair_product_other_shapes_are_refused() -> None:
+    multiply, _, _ = pairs_drawn(PAIRED[0], 64, 96)
+    x = torch.zeros((2, 96)).bfloat16()
+    for rows, added in ((x[:, :64], None), (x, x[:, :64].repeat(2, 1)), (x, x)):
+        with pytest.raises(InvalidRequestError, match=r"makes \[..., 64\] of \[..., 96\]"):
+            multiply(rows, added)
 
 
 def test_pair_product_fits_only_bfloat16_of_whole_tiles() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pagedkv.attention.native.library import load_library
 from pagedkv.models.linear_products import PackedProduct, product_dtype, why_not_packable
 
 WIDTH = 48
@@ -297,3 +298,16 @@ def test_product_half_precision_is_the_float32_product_rounded_where_the_process
             assert ours.dtype == dtype
             torch.testing.assert_close(ours.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
     assert product.nbytes == 24 * 25 * product_dtype(dtype).itemsize
+
+
+def test_weights_of_another_kind_are_packed_for_who_multiplies_that_kind() -> None:
+    library = load_library().library
+    linear = nn.Linear(64, 32, bias=False).bfloat16()
+    product = PackedProduct([linear], library)
+    for weight in (torch.randn(32, 64), torch.randn(32, 40).bfloat16(), torch.randn(48, 96).bfloat16()):
+        linear.weight = nn.Parameter(weight)
+        linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
+        assert product.usable(), product.reason
+        x = torch.randn(5, weight.shape[1]).to(weight.dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(product.whole(x).float(), linear(x).float(), rtol=2e-2, atol=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, ClassVar
 
 import pytest
@@ -15,9 +16,12 @@ from pagedkv.attention.cpu_backend import CpuBackend
 from pagedkv.attention.native.decoder import DecoderRun
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.products import PairProduct
+from pagedkv.errors import InvalidRequestError
 from pagedkv.models import ModelRunner
 from pagedkv.models.native_layer import NativeLayer
+from pagedkv.storage import BatchBuilder
 from pagedkv.testing.models import tiny_model
+from pagedkv.testing.plans import make_plan
 
 LENS = (12, 20)
 TOKENS = random_tokens(LENS, seed=1)
@@ -65,13 +69,28 @@ def assert_as_near_as_the_model(ours: list[Tensor], model: PreTrainedModel, what
 class Between(nn.Module):
     """Something that a model does between two layers, and may do otherwise in another step."""
 
-    def __init__(self) -> None:
+    def __init__(self, later: nn.Module) -> None:
         super().__init__()
-        self.do = "nothing"
+        self.do, self.calls = "nothing", 0
+        self.later = [later]  # a layer that is called after it, not a child of this module
+        self.weight = later.mlp.down_proj.weight.detach().clone()
+        self.scaling = later.self_attn.scaling
 
     def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        self.calls += 1
+        factor, (later,) = 1.0 + self.calls % 2, self.later
         if self.do == "add in place":
-            return hidden_states.add_(0.5)
+            hidden_states.add_(0.5)
+        elif self.do == "other memory":
+            hidden_states.data = hidden_states.data + 0.5
+        elif self.do == "angles in place":
+            others["position_embeddings"][0].mul_(factor)
+        elif self.do == "weights":
+            later.mlp.down_proj.weight.copy_(self.weight * factor)
+        elif self.do == "epsilon":
+            later.input_layernorm.variance_epsilon = 0.1 * factor
+        elif self.do == "scale":
+            later.self_attn.scaling = self.scaling * factor
         return hidden_states.clone() if self.do == "copy" else hidden_states
 
 
@@ -113,21 +132,21 @@ def test_run_ahead_results_that_would_take_too_much_memory_wait_in_parts(calls: 
     assert sum(calls) == 5 * len(STEPS)
 
 
-@pytest.mark.parametrize("do", ["add in place", "copy"])
+@pytest.mark.parametrize("do", ["add in place", "copy", "other memory", "angles in place", "weights", "epsilon", "scale"])
 def test_run_ahead_what_the_model_does_between_two_layers_is_seen(do: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, between = half_model(), Between()
+    model = half_model()
     decoder = model.get_decoder()
+    between = Between(decoder.layers[3])
     decoder.layers.insert(2, between)
     model.config.num_hidden_layers = 5  # as many as the model calls
     runner = ModelRunner(model, pack_linears=True, fuse=True)
     assert len(runner.fusion.layers) == 4
     before = paged_logits(runner, TOKENS, STEPS)
-    between.do = do
+    between.do, between.calls = do, 0
     ours = paged_logits(runner, TOKENS, STEPS)
+    between.calls = 0
     assert_same(ours, one_at_a_time(monkeypatch, runner))
     assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True)) == (do == "copy")
-    between.do = "nothing"
-    assert_same(paged_logits(runner, TOKENS, STEPS), before)
 
 
 def test_run_ahead_another_order_of_the_layers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,3 +224,39 @@ def test_run_ahead_weights_of_eight_bits_give_the_bits_of_layers_that_run_apart(
     calls.clear()
     assert_same(ours, paged_logits(runner, TOKENS, STEPS))
     assert calls == []
+
+
+def test_run_ahead_in_inference_mode_with_a_tensor_from_outside() -> None:
+    model = half_model()
+    runner = ModelRunner(model, pack_linears=True, fuse=True)
+    tokens, steps = [TOKENS[0]], [[(0, len(TOKENS[0]))]]
+    expected = paged_logits(runner, tokens, steps)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(TOKENS[0][None])
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded)
+    with torch.inference_mode():
+        assert_same(paged_logits(runner, tokens, steps), expected)
+    handle.remove()
+
+
+def test_run_ahead_keeps_no_pool_of_a_storage_that_is_gone() -> None:
+    runner = ModelRunner(half_model(), pack_linears=True, fuse=True)
+    paged_logits(runner, TOKENS, STEPS)
+    storage = runner.new_storage(4)
+    plan = make_plan([3], [3], block_tables=[[1]], block_size=runner.block_size, token_ids=TOKENS[0][:3].numpy())
+    runner.forward(BatchBuilder("cpu", runner.block_size).build(plan), storage)
+    keys = [weakref.ref(pool.key) for pool in storage.layers]
+    del storage
+    assert not any(key() is not None for key in keys)
+
+
+def test_run_ahead_products_of_other_shapes_are_refused_as_the_model_does() -> None:
+    for fuse in (True, False):
+        model = half_model()
+        runner = ModelRunner(model, pack_linears=True, fuse=fuse)
+        for name, shape in (("mlp.down_proj", (64, 64)), ("self_attn.o_proj", (32, 96)), ("self_attn.o_proj", (32, 0))):
+            layer = model.get_decoder().layers[1].get_submodule(name)
+            former, layer.weight = layer.weight, nn.Parameter(torch.ones(shape).bfloat16())
+            with pytest.raises((InvalidRequestError, RuntimeError)):
+                paged_logits(runner, TOKENS, STEPS)
+            layer.weight = former

@@ -68,7 +68,19 @@ class DecoderLayer:
         kind: what layers of one run have in common.
     """
 
-    __slots__ = ("_struct", "address", "build", "few", "hidden_size", "kind", "norms", "num_attended", "num_joined", "products", "row_nbytes")
+    __slots__ = (
+        "_struct",
+        "address",
+        "build",
+        "few",
+        "hidden_size",
+        "kind",
+        "norms",
+        "num_attended",
+        "num_joined",
+        "products",
+        "row_nbytes",
+    )
 
     def __init__(
         self,
