@@ -74,6 +74,7 @@ class Between(nn.Module):
         self.do, self.calls = "nothing", 0
         self.later = [later]  # a layer that is called after it, not a child of this module
         self.weight = later.mlp.down_proj.weight.detach().clone()
+        self.norm = later.input_layernorm.weight.detach().clone()
         self.scaling = later.self_attn.scaling
 
     def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
@@ -87,6 +88,11 @@ class Between(nn.Module):
             others["position_embeddings"][0].mul_(factor)
         elif self.do == "weights":
             later.mlp.down_proj.weight.copy_(self.weight * factor)
+        elif self.do == "norm":
+            later.input_layernorm.weight.copy_(self.norm * factor)
+        elif self.do == "bias":
+            bias = torch.full((later.mlp.down_proj.out_features,), factor).bfloat16()
+            later.mlp.down_proj.bias = nn.Parameter(bias) if factor > 1 else None
         elif self.do == "epsilon":
             later.input_layernorm.variance_epsilon = 0.1 * factor
         elif self.do == "scale":
@@ -132,7 +138,7 @@ def test_run_ahead_results_that_would_take_too_much_memory_wait_in_parts(calls: 
     assert sum(calls) == 5 * len(STEPS)
 
 
-@pytest.mark.parametrize("do", ["add in place", "copy", "other memory", "angles in place", "weights", "epsilon", "scale"])
+@pytest.mark.parametrize("do", ["add in place", "copy", "other memory", "angles in place", "weights", "norm", "bias", "epsilon", "scale"])
 def test_run_ahead_what_the_model_does_between_two_layers_is_seen(do: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = half_model()
     decoder = model.get_decoder()
