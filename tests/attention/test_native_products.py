@@ -163,6 +163,9 @@ def test_pair_product_other_shapes_are_refused() -> None:
     for rows, added in ((x[:, :64], None), (x, x[:, :64].repeat(2, 1)), (x, x)):
         with pytest.raises(InvalidRequestError, match=r"makes \[..., 64\] of \[..., 96\]"):
             multiply(rows, added)
+    for rows, added in ((x.float(), None), (x.half(), None), (x, torch.zeros(2, 64))):
+        with pytest.raises(InvalidRequestError, match=r"takes torch\.bfloat16"):
+            multiply(rows, added)
 
 
 def test_pair_product_fits_only_bfloat16_of_whole_tiles() -> None:

@@ -7,6 +7,7 @@ Owns the layout of the weights in memory and the way from tensors to the library
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -23,24 +24,31 @@ _TILE, _DEPTH = 16, 32  # outputs and inputs of one tile of pairs
 class _NativeProduct:
     """What both kinds share: a struct but for its rows, and the call.
 
+    Args:
+        struct: of the product, but for its rows.
+        library: what computes.
+        dtypes: of rows that it takes.
+
     Attributes:
         struct: of the product, but for its rows.
         library: what computes.
     """
 
-    def __init__(self, struct: ProductStruct, library: Library) -> None:
-        self.struct, self.library = struct, library
+    def __init__(self, struct: ProductStruct, library: Library, dtypes: Collection[torch.dtype]) -> None:
+        self.struct, self.library, self._dtypes = struct, library, dtypes
         self._num_inputs, self._num_outputs = int(struct.num_inputs), int(struct.num_outputs)
         self._multiply = library.functions.pagedkv_multiply
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """``[..., N]`` of ``x [..., K]``; ``added [..., N]``, of the same dtype, is added before the result is rounded.
 
-        Both on the CPU, of a dtype that the product takes: the caller sees to that.
+        Both on the CPU: the caller sees to that.
 
         Raises:
-            InvalidRequestError: shapes that are not the product's.
+            InvalidRequestError: shapes or a dtype that are not the product's.
         """
+        if x.dtype not in self._dtypes or (added is not None and added.dtype is not x.dtype):
+            raise InvalidRequestError(f"rows are {x.dtype}: the product takes {', '.join(map(str, self._dtypes))}, and adds the same")
         if x.shape[-1] != self._num_inputs or (added is not None and added.shape != (*x.shape[:-1], self._num_outputs)):
             raise InvalidRequestError(
                 f"rows are {list(x.shape)}{'' if added is None else f', what is added {list(added.shape)}'}:"
@@ -89,7 +97,7 @@ class Int8Product(_NativeProduct):
             layout=_BYTES,
             gate=-1,
         )
-        super().__init__(struct, library)
+        super().__init__(struct, library, DTYPES)
 
 
 class PairProduct(_NativeProduct):
@@ -132,7 +140,7 @@ class PairProduct(_NativeProduct):
             halves=self.is_in_halves,
             gate=-1,
         )
-        super().__init__(struct, library)
+        super().__init__(struct, library, (torch.bfloat16,))
 
     @staticmethod
     def fits(weight: Tensor, library: Library) -> bool:
