@@ -101,14 +101,14 @@ class Between(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """Layers whose order a model may turn round."""
+    """Layers whose order a model may change."""
 
-    turned: ClassVar = [False]
+    order: ClassVar[list[int]] = []
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             layers = list(self._modules.values())[index]
-            return layers[::-1] if self.turned[0] else layers
+            return [layers[place] for place in self.order] or layers
         return super().__getitem__(index)
 
 
@@ -155,16 +155,17 @@ def test_run_ahead_what_the_model_does_between_two_layers_is_seen(do: str, monke
     assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True)) == (do == "copy")
 
 
-def test_run_ahead_another_order_of_the_layers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", [[3, 2, 1, 0], [0, 2, 1, 3]])
+def test_run_ahead_another_order_of_the_layers_is_seen(order: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = half_model()
     model.get_decoder().layers = Layers(model.get_decoder().layers)
     runner = ModelRunner(model, pack_linears=True, fuse=True)
     before = paged_logits(runner, TOKENS, STEPS)
-    Layers.turned[0] = True
+    Layers.order[:] = order
     try:
         ours, theirs = paged_logits(runner, TOKENS, STEPS), one_at_a_time(monkeypatch, runner)
     finally:
-        Layers.turned[0] = False
+        Layers.order.clear()
     assert_same(ours, theirs)
     assert not torch.equal(ours[0], before[0])
     assert_same(paged_logits(runner, TOKENS, STEPS), before)
