@@ -150,9 +150,22 @@ class PackedProduct:
 
     def usable(self) -> bool:
         """Whether there is a product of the weights as they are now; packs them again when they were changed."""
-        if self.reason is None and not is_unchanged(self):
+        if self.reason is None and not self.is_unchanged():
             self._pack()
         return self.reason is None
+
+    def is_unchanged(self) -> bool:
+        """Whether the weights are, as far as is watched, what they were when they were packed."""
+        # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
+        for parameters in self.without_bias:
+            if parameters.get("bias") is not None:
+                return False
+        for parameters, name, tensor, version, address, sample, before in self.watched:
+            if parameters.get(name) is not tensor or tensor._version != version:
+                return False
+            if tensor.data_ptr() != address or sample.tobytes() != before:
+                return False
+        return True
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -251,20 +264,6 @@ class PackedProduct:
                 if not difference <= bound * largest:  # also when either is NaN
                     return f"the packed {what} of {rows} rows differs from F.linear by {difference:.2g} where the largest is {largest:.2g}"
         return None
-
-
-def is_unchanged(product: PackedProduct) -> bool:
-    """Whether the weights of a product are, as far as is watched, what they were when it was packed."""
-    # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
-    for parameters, name, tensor, version, address, sample, before in product.watched:
-        if parameters.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address or sample.tobytes() != before:
-            return False
-    for parameters in product.without_bias:
-        if parameters.get("bias") is not None:
-            break
-    else:
-        return True
-    return False
 
 
 def why_not_watched(tensor: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagedkv.attention.native.decoder import DecoderLayer, NormWeights
 from pagedkv.models.fused_modules import Norm
-from pagedkv.models.linear_products import PackedProduct, is_unchanged
+from pagedkv.models.linear_products import PackedProduct
 
 WatchedNorm = tuple[Mapping[str, Tensor | None], dict[str, Any], Norm]
 """The parameters and the attributes of a norm, which may change, and what it was found to be."""
@@ -100,7 +100,7 @@ class NativeLayer:
         for place, product in enumerate(self._products):
             if product.pairs is not weights.products[place] or product.int8 is not (weights.few[place] if weights.few else None):
                 return False
-            if not is_unchanged(product):
+            if not product.is_unchanged():
                 return False
         for (parameters, attributes, found), norm in zip(self._norms, weights.norms, strict=True):
             weight = parameters.get("weight")

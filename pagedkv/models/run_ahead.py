@@ -21,7 +21,6 @@ from pagedkv.models.native_layer import NativeLayer
 from pagedkv.storage.pool import LayerPool
 
 PoolOf = Callable[[int], LayerPool | None]
-Entry = tuple[NativeLayer, DecoderLayer | None, LayerPool | None]
 
 Given = tuple[Tensor | None, ...]
 """What a layer is called with beside its input: the same objects, at the same versions, are the same."""
@@ -102,28 +101,16 @@ def run_from(
         pool_of: the pool of a layer by transformers' index; None for one that stored K and V in this step, which are not to be overwritten.
         most: layers in all.
     """
-    found: list[Entry] = [(layer, weights, pool)]
-    seen = {id(layer)}
+    layers, places, seen = [layer], [(weights, pool)], {id(layer)}
     following = layer.follower
-    while following is not None and id(following) not in seen and len(found) < most and following.is_in_place:
-        entry = (following, following.weights(), pool_of(following.layer_idx))
-        if not _goes_with(found[0], entry):
+    while following is not None and id(following) not in seen and len(layers) < most and following.is_in_place:
+        more, place = following.weights(), pool_of(following.layer_idx)
+        if more is None or place is None or not DecoderRun.go_together(places[0], (more, place)):
             break
-        found.append(entry)
+        if (following.scale, following.num_heads) != (layer.scale, layer.num_heads):
+            break
+        layers.append(following)
+        places.append((more, place))
         seen.add(id(following))
         following = following.follower
-    layers = [each for each, _, _ in found]
-    all_weights = tuple(each for _, each, _ in found if each is not None)
-    pools = tuple(each for _, _, each in found if each is not None)
-    return layers, DecoderRun(all_weights, pools)
-
-
-def _goes_with(first: Entry, entry: Entry) -> bool:
-    (layer, weights, pool), (other, other_weights, other_pool) = first, entry
-    if weights is None or other_weights is None or pool is None or other_pool is None:
-        return False
-    return (
-        (layer.scale, layer.num_heads, weights.kind) == (other.scale, other.num_heads, other_weights.kind)
-        and (pool.spec is other_pool.spec or pool.spec == other_pool.spec)
-        and pool.dtype is other_pool.dtype
-    )
+    return layers, DecoderRun([each for each, _ in places], [each for _, each in places])

@@ -54,7 +54,7 @@ class ModelRunner:
             K/V gathered for each step, which any model with a K/V cache allows; ``"dense-equal"``: the same for sequences of one length
             at a time, for models that count positions from one number for the whole batch. ``"encoder-decoder"`` and
             ``"encoder-decoder-equal"`` are these two of an encoder-decoder.
-        pack_linears: whether linear layers run with weights repacked for oneDNN, those that read the same input as one
+        pack_linears: whether linear layers run with repacked weights, natively or by oneDNN, those that read the same input as one
             product; on the CPU only. True: all that can be. False: none. ``"auto"``: those large enough to gain (with one
             thread and AVX2, an output head at most), where the copies take at most half of the free memory. The copies are in
             float32 where the processor has no instructions for the weights' own half precision, and stay beside the model's
@@ -67,7 +67,7 @@ class ModelRunner:
             are as before. This is the one option that changes what is computed. The model is found right first, with exact copies;
             then ``packing.weight_error`` says what rounding loses of the weights, and ``report.int8`` how far the logits are from the
             model's. The copies take 3 bytes a weight in half precision and 5 in float32: eight bits for few rows, and the same
-            numbers in oneDNN's layout for many. It needs the native library.
+            numbers in the layout of ``"auto"`` for many. It needs the native library.
         fuse: whether norms, gates of MLPs and rotations run as one native operation each, and decoder layers made of them and
             of packed products as one function, on the CPU only, where trials show that they compute just that. ``"auto"`` and
             True: all that do, but True refuses a model without any. False: none.

@@ -133,14 +133,17 @@ class DecoderRun:
 
     def __init__(self, layers: Sequence[DecoderLayer], pools: Sequence[LayerPool]) -> None:
         self.layers, self.pools = tuple(layers), tuple(pools)
-        layer, pool = self.layers[0], self.pools[0]
-        like = (layer.kind, pool.spec, pool.dtype, pool.block_size)
-        for other, place in zip(self.layers, self.pools, strict=True):
-            if (other.kind, place.spec, place.dtype, place.block_size) != like:
-                raise InvalidRequestError("layers of one run must be of one build, one width and one geometry of K and V")
-        places = zip(self.layers, self.pools, strict=True)
+        places = list(zip(self.layers, self.pools, strict=True))
+        if not all(self.go_together(places[0], place) for place in places):
+            raise InvalidRequestError("layers of one run must be of one build, one width and one geometry of K and V")
         self._structs = (PlacedStruct * len(self.layers))(
             *(PlacedStruct(layer.address, pool.key.data_ptr(), pool.value.data_ptr()) for layer, pool in places)
         )
         self.address = ctypes.addressof(self._structs)
         self.row_nbytes = max(layer.row_nbytes for layer in self.layers)
+
+    @staticmethod
+    def go_together(one: tuple[DecoderLayer, LayerPool], other: tuple[DecoderLayer, LayerPool]) -> bool:
+        """Whether two layers with their pools may be of one run."""
+        (layer, pool), (more, place) = one, other
+        return (layer.kind, pool.spec, pool.dtype, pool.block_size) == (more.kind, place.spec, place.dtype, place.block_size)

@@ -36,7 +36,13 @@ struct Product {
 
 INLINE Floats splat_one(const float* p) { return splat(*p); }
 INLINE Floats splat_one(const bfloat16* p) { return (Floats)(Words{} + ((uint32_t)p->bits << 16)); }
-INLINE Floats splat_one(const float16* p) { return splat(load_part(p, 1)[0]); }
+INLINE Floats splat_one(const float16* p) {
+#if defined(__F16C__)  // else a register is made and taken apart for each number
+  return splat(_cvtsh_ss(p->bits));
+#else
+  return splat(load_part(p, 1)[0]);
+#endif
+}
 
 template <class T, int M>
 INLINE void multiply_rows(const Product& p, int64_t panel, int first_row) {
