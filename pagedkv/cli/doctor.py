@@ -16,6 +16,7 @@ import torch
 
 from pagedkv.attention import get_backend
 from pagedkv.attention.native.library import BUILDS, load_library
+from pagedkv.attention.native.products import PairProduct
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models import ModelRunner, SelfCheck, TierReport, load_model, plan_memory, product_dtype, why_not_packable
 
@@ -91,7 +92,11 @@ def _linear_layers(dtype: torch.dtype) -> Finding:
     subject, reason = f"linear layers, {str(dtype).removeprefix('torch.')}", why_not_packable(dtype)
     if reason is not None:
         return Finding(subject, "as the model has them", (reason,))
-    return Finding(subject, f"repacked weights (oneDNN), multiplied in {str(product_dtype(dtype)).removeprefix('torch.')}")
+    library = load_library().library
+    multiplied = product_dtype(dtype)
+    natively = library is not None and PairProduct.fits(torch.empty(0, 0, dtype=dtype), library)  # widths are a model's matter
+    who = "the native library where widths are multiples of 32, else oneDNN" if natively else "oneDNN"
+    return Finding(subject, f"repacked weights ({who}), multiplied in {str(multiplied).removeprefix('torch.')}")
 
 
 def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from pair_models import pair_model
 from state_models import state_model
 from tier_models import tier_model
 
 from pagedkv.attention.native import library
+from pagedkv.attention.native.products import PairProduct
 from pagedkv.cli import main
 from pagedkv.testing.models import tiny_model
 
@@ -22,6 +24,9 @@ def test_doctor_says_which_kernel_runs_and_why(capsys: pytest.CaptureFixture[str
     loaded = library.load_library().library
     assert ("build " + loaded.build.name if loaded else "backend 'torch'") in attention["found"]
     assert found["linear layers, float32"]["found"]
+    natively = loaded is not None and PairProduct.fits(torch.zeros(1, 32, dtype=torch.bfloat16), loaded)
+    assert ("the native library" in found["linear layers, bfloat16"]["found"]) == natively
+    assert "the native library" not in found["linear layers, float32"]["found"]
 
 
 def test_doctor_without_a_library_names_what_to_install(
