@@ -4,15 +4,17 @@
 // As there, a row's result is its own alone: what is hidden from it weighs exactly nothing, and tiles begin at fixed positions.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "pairs.h"
 #include "rows.h"
+#include "softening.h"
 #include "tiles.h"
 
-constexpr int PAIR_TILE_ROWS = 256;
-constexpr int MOST_PACKED = 512;   // positions whose K and V are packed at once
-constexpr int PAIR_COLUMNS = 128;  // positions whose scores are in use at once
+constexpr int PAIR_TILE_ROWS = 512;  // for which K and V are packed once
+constexpr int MOST_PACKED = 512;     // positions whose K and V are packed at once
+constexpr int LEAST_TOGETHER = 64;   // positions whose scores are in use at once
 
 #if defined(PAIRS)
 
@@ -66,134 +68,171 @@ INLINE void pack_values(const bfloat16* const* rows, int columns, int dim, int w
     }
 }
 
-// 2^x for x up to 0, relative error 1e-4: a weight is rounded to bfloat16 next. A polynomial of degree 3 that is exact at whole numbers.
-INLINE Floats weight_of(Floats x) {
-  const __m512 rest = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Floats p = splat(7.826797e-2f);
-  p = fma(p, (Floats)rest, splat(2.2630768e-1f));
-  p = fma(p, (Floats)rest, splat(6.9542435e-1f));
-  p = fma(p, (Floats)rest, splat(1.f));
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-
-// Sixteen rows' sums so far; a lane is a row.
-struct Block {
-  Floats most, sum;
-  Ints first, last;  // positions that each row sees; the last not included
-  Ints position;
-  Floats slope;
-};
-
-// Scores to logits in base 2, in place, where a product with the scale is not enough.
-INLINE void bend(float* scores, int columns, const Step& step, const Block& block, int tile) {
-  const Floats scale = splat(step.softcap > 0 ? step.scale / step.softcap : step.scale * LOG2E), cap = splat(step.softcap * LOG2E);
-  for (int t = 0; t < columns; t++) {
-    Floats x = load(scores + t * LANES) * scale;
-    if (step.softcap > 0) x = tanh(x) * cap;
-    x = fma(block.slope, __builtin_convertvector(tile + t - block.position, Floats), x);
-    store(scores + t * LANES, x);
-  }
-}
-
-// Scores [columns][LANES] of the positions from ``tile`` to weights in pairs. Returns by how much earlier sums shrink.
-template <bool HIDDEN>
-INLINE Floats soften(const float* scores, int columns, float factor, int tile, Block& block, Pair* weights) {
-  const Ints low = block.first - tile, high = block.last - tile;
-  const auto seen = [&](int t) {
-    const __m512i column = _mm512_set1_epi32(t);
-    return _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask((__m512i)low, column), column, (__m512i)high);
-  };
-  Floats most[4] = {splat(MINUS_INFINITY), splat(MINUS_INFINITY), splat(MINUS_INFINITY), splat(MINUS_INFINITY)}, sums[4] = {};
-  for (int t = 0; t < columns; t += 4)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const __m512 x = (__m512)load(scores + (t + i) * LANES);
-      most[i] = (Floats)(HIDDEN ? _mm512_mask_max_ps((__m512)most[i], seen(t + i), (__m512)most[i], x) : _mm512_max_ps((__m512)most[i], x));
-    }
-  const Floats here = larger(larger(most[0], most[1]), larger(most[2], most[3])) * splat(factor);
-  const Floats now = larger(here, block.most);
-  const Floats base = now == splat(MINUS_INFINITY) ? splat(0.f) : now;
-  const Floats scale = splat(factor);
-  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int t = 0; t < columns; t += 4) {
-    Floats weight[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      weight[i] = weight_of(fma(load(scores + (t + i) * LANES), scale, -base));
-      if (HIDDEN) weight[i] = (Floats)_mm512_maskz_mov_ps(seen(t + i), (__m512)weight[i]);
-      sums[i] += weight[i];
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 4; i += 2) {
-      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)weight[i + 1], (__m512)weight[i]);
-      _mm512_storeu_si512(weights + (t + i) / 2 * LANES, _mm512_permutexvar_epi16(pairs, (__m512i)both));
-    }
-  }
-  const Floats shrink = exp2(block.most - base);
-  block.sum = block.sum * shrink + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  block.most = now;
-  return shrink;
-}
-
-// Positions whose K and V are packed at once: so many that they stay in the second-level cache.
+// Positions whose K and V are packed at once, and rows for which they are: so many that all stays in the second-level cache. ``width`` is of both.
 INLINE int packed_columns(int width) { return width <= 256 ? MOST_PACKED : width <= 512 ? MOST_PACKED / 2 : MOST_PACKED / 4; }
+INLINE int packed_rows(int width) { return width <= 512 ? PAIR_TILE_ROWS : PAIR_TILE_ROWS / 2; }
+
+// Positions whose scores are in use at once: few stay in the first-level cache, many read and write sums of V less often.
+INLINE int columns_together(int width) { return width <= 96 ? LEAST_TOGETHER : 2 * LEAST_TOGETHER; }
 
 struct PairScratch {
   int width, out_width;  // of K and V, rounded up
-  int columns;           // packed at once
+  int rows, columns;     // packed at once
+  int together;          // positions whose scores are in use
   Pair* query;           // [rows / LANES][width / 2][LANES]
   bfloat16* key;         // [width / DEPTH][columns][DEPTH]
   bfloat16* value;       // [columns / DEPTH][out_width][DEPTH]
-  float* scores;         // [2][PAIR_COLUMNS][LANES]
-  Pair* weights;         // [2][PAIR_COLUMNS / 2][LANES]
+  float* scores;         // [2][together][LANES]
+  Pair* weights;         // [2][2][together / 2][LANES], of a part and of the last
   float* out;            // [rows / LANES][out_width][LANES]
   Block* blocks;         // [rows / LANES]
   uintptr_t end;         // of the memory that is used
 
   PairScratch(const Step& step, uintptr_t memory) : width(round_up(step.key_dim, DEPTH)), out_width(round_up(step.value_dim, DEPTH)), end(memory) {
     columns = packed_columns(width + out_width);
+    rows = packed_rows(width + out_width);
+    together = columns_together(out_width);
     const auto take = [this](size_t nbytes) {
       end += nbytes;
       return end - nbytes;
     };
-    blocks = (Block*)take(PAIR_TILE_ROWS / LANES * sizeof(Block));
-    query = (Pair*)take((size_t)PAIR_TILE_ROWS * width / 2 * sizeof(Pair));
+    blocks = (Block*)take(rows / LANES * sizeof(Block));
+    query = (Pair*)take((size_t)rows * width / 2 * sizeof(Pair));
     key = (bfloat16*)take((size_t)columns * width * sizeof(bfloat16));
     value = (bfloat16*)take((size_t)columns * out_width * sizeof(bfloat16));
-    scores = (float*)take(2 * PAIR_COLUMNS * LANES * sizeof(float));
-    weights = (Pair*)take(PAIR_COLUMNS * LANES * sizeof(Pair));
-    out = (float*)take((size_t)PAIR_TILE_ROWS * out_width * sizeof(float));
+    scores = (float*)take(2 * together * LANES * sizeof(float));
+    weights = (Pair*)take(2 * together * LANES * sizeof(Pair));
+    out = (float*)take((size_t)rows * out_width * sizeof(float));
   }
   static size_t floats(const Step& step) { return PairScratch(step, 0).end / sizeof(float); }
 };
 
-// One or two blocks of rows over the packed positions [begin, end), counted from ``tile``.
+// One or two blocks of rows over some of the packed positions.
+struct Part {
+  int number, from, columns;  // first block; positions, counted from the packed ones' first
+  bool is_hidden;             // some from some rows
+};
+
+// The packed positions [begin, end), counted from ``tile``, that blocks of rows see, ``BLOCKS`` of these at a time. While weights are made of one part's scores, the
+// products before and behind it are made: what the last part adds to the result, and the next part's scores, which take the place of those that are weights already.
 template <int BLOCKS>
-static void attend_blocks(const Step& step, const PairScratch& scratch, int number, int tile, int begin, int end, bool bent) {
-  Block* blocks = scratch.blocks + number;
-  // Rows are in the order of their positions, and so is what they see.
-  const Block &low = blocks[0], &high = blocks[BLOCKS - 1];
-  const int first = low.first[0] - tile > begin ? low.first[0] - tile : begin, last = high.last[LANES - 1] - tile < end ? high.last[LANES - 1] - tile : end;
-  const int width = scratch.width, out_width = scratch.out_width;
-  const Pair* query = scratch.query + (size_t)number * width / 2 * LANES;
-  float* out = scratch.out + (size_t)number * out_width * LANES;
-  for (int from = first / PAIR_COLUMNS * PAIR_COLUMNS; from < last; from += PAIR_COLUMNS) {
-    const int columns = last - from < PAIR_COLUMNS ? round_up(last - from, DEPTH) : PAIR_COLUMNS;
-    const bool hidden = high.first[LANES - 1] - tile > from || low.last[0] - tile < from + columns;
-    multiply_pairs<BLOCKS, false>(scratch.key + from * DEPTH, scratch.columns * DEPTH, query, width / 2 * LANES, width, scratch.scores, PAIR_COLUMNS * LANES, columns);
-    for (int b = 0; b < BLOCKS; b++) {
-      float* scores = scratch.scores + b * PAIR_COLUMNS * LANES;
-      Pair* weights = scratch.weights + b * PAIR_COLUMNS / 2 * LANES;
-      if (bent) bend(scores, columns, step, blocks[b], tile + from);
-      const float factor = bent ? 1.f : step.scale * LOG2E;
-      const Floats shrink = hidden ? soften<true>(scores, columns, factor, tile + from, blocks[b], weights) : soften<false>(scores, columns, factor, tile + from, blocks[b], weights);
-      if (_mm512_cmpneq_ps_mask((__m512)shrink, _mm512_set1_ps(1.f))) {
-        float* x = out + b * out_width * LANES;
-        for (int d = 0; d < out_width; d++) store(x + d * LANES, load(x + d * LANES) * shrink);
+struct Stream {
+  const Step& step;
+  const PairScratch& scratch;
+  const int tile;
+
+  float* out(const Part& part) const { return scratch.out + (size_t)part.number * scratch.out_width * LANES; }
+  float* scores(int block) const { return scratch.scores + block * scratch.together * LANES; }
+  Pair* weights(int number, int block) const { return scratch.weights + (number % 2 * 2 + block) * scratch.together / 2 * LANES; }
+
+  int cut(int first_block, int end_block, int begin, int end, Part* parts) const {
+    int count = 0;
+    for (int number = first_block; number < end_block; number += BLOCKS) {
+      // Rows are in the order of their positions, and so is what they see.
+      const Block &low = scratch.blocks[number], &high = scratch.blocks[number + BLOCKS - 1];
+      const int first = std::max(low.first[0] - tile, begin), last = std::min(high.last[LANES - 1] - tile, end);
+      for (int from = first / scratch.together * scratch.together; from < last; from += scratch.together) {
+        const int columns = std::min(round_up(last - from, DEPTH), scratch.together);
+        parts[count++] = {number, from, columns, high.first[LANES - 1] - tile > from || low.last[0] - tile < from + columns};
       }
     }
-    multiply_pairs<BLOCKS, true>(scratch.value + from * out_width, out_width * DEPTH, scratch.weights, PAIR_COLUMNS / 2 * LANES, columns, out, out_width * LANES, out_width);
+    return count;
   }
+
+  PairProduct score(const Part& part) const {
+    const size_t stride = scratch.width / 2 * LANES;
+    return {scratch.key + part.from * DEPTH, (size_t)scratch.columns * DEPTH, scratch.query + part.number * stride, stride, scores(0), (size_t)scratch.together * LANES, part.columns, scratch.width, false};
+  }
+  PairProduct add_values(const Part& part, int number) const {
+    const int width = scratch.out_width;
+    return {scratch.value + part.from * width, (size_t)width * DEPTH, weights(number, 0), (size_t)scratch.together / 2 * LANES, out(part), (size_t)width * LANES, width, part.columns, true};
+  }
+
+  // The pieces of ``STEPS`` steps that belong beside one of the turns below.
+  template <int STEPS, int TURN>
+  static inline __attribute__((always_inline)) void multiply_beside(const PairStep& a, const PairStep& b) {
+    constexpr int pieces = 2 * BLOCKS, first = STEPS * TURN % pieces;
+    const PairStep& step = STEPS * TURN < pieces ? a : b;
+    if constexpr (STEPS > 0) multiply_piece<first>(step);
+    if constexpr (STEPS > 1) multiply_piece<first + 1>(step);
+  }
+
+  // Eight columns, four of a block at a turn, and beside them some steps.
+  template <bool HIDDEN, int STEPS>
+  static inline __attribute__((always_inline)) void weigh_beside(Softening& low, Softening& high, int t, Pair* low_weights, Pair* high_weights, PairSteps& steps) {
+    PairStep a, b;
+    if constexpr (STEPS > 0) a = steps.next();
+    if constexpr (STEPS > 1) b = steps.next();
+    low.template weigh<HIDDEN>(t, low_weights);
+    multiply_beside<STEPS, 0>(a, b);
+    if constexpr (BLOCKS == 2) high.template weigh<HIDDEN>(t, high_weights);
+    if constexpr (BLOCKS == 2) multiply_beside<STEPS, 1>(a, b);
+    low.template weigh<HIDDEN>(t + 4, low_weights);
+    multiply_beside<STEPS, BLOCKS>(a, b);
+    if constexpr (BLOCKS == 2) high.template weigh<HIDDEN>(t + 4, high_weights);
+    if constexpr (BLOCKS == 2) multiply_beside<STEPS, 3>(a, b);
+  }
+
+  template <bool HIDDEN>
+  void soften(const Part& part, int number, const PairProduct* products, int count) const {
+    const int tile = this->tile + part.from, width = scratch.out_width;
+    const float factor = is_bent(step) ? 1.f : step.scale * LOG2E;
+    Block* blocks = scratch.blocks + part.number;
+    const auto block_out = [&](int b) { return out(part) + b * width * LANES; };
+    const auto block_scores = [&](int b) { return Scores{scores(b), part.columns, tile, factor}; };
+    for (int b = 0; b < BLOCKS; b++) {
+      if (is_bent(step)) bend(scores(b), part.columns, step, blocks[b], tile);
+      if (blocks[b].is_new()) raise(block_scores(b), blocks[b], block_out(b), width);
+    }
+    Softening low(block_scores(0), blocks[0]), high(block_scores(BLOCKS - 1), blocks[BLOCKS - 1]);
+    Pair *low_weights = weights(number, 0), *high_weights = weights(number, BLOCKS - 1);
+    PairSteps steps(products, count);
+    const int num_steps = steps.num_left(), units = part.columns / 8;
+    for (int t = 0, due = num_steps; t < part.columns; t += 8, due += num_steps) {
+      if (due < units) {
+        weigh_beside<HIDDEN, 0>(low, high, t, low_weights, high_weights, steps);
+      } else if (due < 2 * units) {
+        weigh_beside<HIDDEN, 1>(low, high, t, low_weights, high_weights, steps);
+        due -= units;
+      } else {
+        weigh_beside<HIDDEN, 2>(low, high, t, low_weights, high_weights, steps);
+        for (due -= 2 * units; due >= units; due -= units) multiply_step<BLOCKS>(steps.next());
+      }
+    }
+    steps.template finish<BLOCKS>();
+    settle();
+    const auto finish = [&](const Softening& soft, int b) {
+      const bool again = __builtin_expect(soft.is_exceeded(), 0);
+      const Floats total = again ? weigh_again(block_scores(b), blocks[b], weights(number, b), block_out(b), width) : soft.total();
+      blocks[b].sum += total;
+    };
+    finish(low, 0);
+    if (BLOCKS == 2) finish(high, 1);
+    settle();
+  }
+
+  void run(const Part* parts, int count) const {
+    if (count == 0) return;
+    multiply<BLOCKS>(score(parts[0]));
+    for (int i = 0; i < count; i++) {
+      PairProduct products[2];
+      int num_products = 0;
+      if (i > 0) products[num_products++] = add_values(parts[i - 1], i - 1);
+      const bool has_next = i + 1 < count, has_place = has_next && parts[i + 1].columns <= parts[i].columns;
+      if (has_place) products[num_products++] = score(parts[i + 1]);
+      if (parts[i].is_hidden) soften<true>(parts[i], i, products, num_products);
+      else soften<false>(parts[i], i, products, num_products);
+      if (has_next && !has_place) multiply<BLOCKS>(score(parts[i + 1]));
+    }
+    multiply<BLOCKS>(add_values(parts[count - 1], count - 1));
+  }
+};
+
+template <int BLOCKS>
+static void attend_blocks(const Step& step, const PairScratch& scratch, int first_block, int end_block, int tile, int begin, int end) {
+  Part parts[PAIR_TILE_ROWS / LANES / BLOCKS * MOST_PACKED / LEAST_TOGETHER];
+  const Stream<BLOCKS> stream = {step, scratch, tile};
+  stream.run(parts, stream.cut(first_block, end_block, begin, end, parts));
 }
 
 // Packs the queries of an item, and says what each of its rows sees. Behind the last row it stands again, so that blocks are full.
@@ -237,7 +276,6 @@ static void attend_pairs(const Step& step, const Item& item, float* memory, Sums
   const PairScratch scratch(step, (uintptr_t)memory);
   const int columns = scratch.columns, num_blocks = (item.num_rows + LANES - 1) / LANES;
   const int32_t* table = step.tables + item.seq * step.table_stride;
-  const bool bent = step.softcap > 0 || step.slopes || step.scale <= 0;
   const bfloat16* rows[MOST_PACKED];
   begin_rows(step, item, scratch, num_blocks * LANES);
   const Tiles tiles;
@@ -248,9 +286,9 @@ static void attend_pairs(const Step& step, const Item& item, float* memory, Sums
     pack_keys(rows, used, step.key_dim, scratch.width, scratch.key, (size_t)columns * DEPTH);
     rows_or_nothing(rows, step.value, step.value_stride, step, table, item.kv_head, tile, begin, end, used);
     pack_values(rows, used, step.value_dim, scratch.out_width, scratch.value);
-    int b = 0;
-    for (; b + 2 <= num_blocks; b += 2) attend_blocks<2>(step, scratch, b, tile, begin, end, bent);
-    if (b < num_blocks) attend_blocks<1>(step, scratch, b, tile, begin, end, bent);
+    const int paired = num_blocks / 2 * 2;
+    attend_blocks<2>(step, scratch, 0, paired, tile, begin, end);
+    attend_blocks<1>(step, scratch, paired, num_blocks, tile, begin, end);
   }
   end_rows(item, scratch, sums);
 }
@@ -260,7 +298,7 @@ static void attend_pairs(const Step& step, const Item& item, float* memory, Sums
 // Rows of one item, and scratch for it.
 INLINE int tile_rows(const Step& step) {
 #if defined(PAIRS)
-  if (step.dtype == BFLOAT16) return PAIR_TILE_ROWS;
+  if (step.dtype == BFLOAT16) return PairScratch(step, 0).rows;
 #endif
   return TILE_ROWS;
 }

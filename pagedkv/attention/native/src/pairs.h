@@ -1,6 +1,9 @@
 // Products of bfloat16 in float32, two elements of the inner dimension at a time: by AMX tiles where the build has them, else by AVX-512 BF16.
 //
 // Left operands lie in panels [depth / DEPTH][rows][DEPTH]. Right operands are packed in pairs, [depth / 2][LANES]: a lane is a column of the product.
+//
+// Tiles have a unit of their own, but a processor looks ahead by some hundred instructions only. So products are made step by step and a step in pieces, and between the
+// pieces other work can be done.
 #pragma once
 
 #include "lanes.h"
@@ -37,6 +40,23 @@ INLINE void transpose16(__m512i* x) {
   }
 }
 
+constexpr int STEP_ROWS = 32;  // of the left operand, multiplied together
+
+// ``left`` [rows][depth] x ``right`` [BLOCKS][depth / 2][LANES], set or added to ``out`` [BLOCKS][rows][LANES]. Rows are a multiple of STEP_ROWS, the depth of DEPTH.
+struct PairProduct {
+  const bfloat16* left;
+  size_t panel;  // elements from panel to panel
+  const Pair* right;
+  size_t right_stride;  // from block to block, as that of the result
+  float* out;
+  size_t out_stride;
+  int rows, depth;
+  bool add;
+};
+
+// Compilers do not know that tiles are loaded from memory and stored there: this stands between these and all else that uses the same memory.
+INLINE void settle() { __asm__ volatile("" ::: "memory"); }
+
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 
 // While it lives, all eight tiles are of 64 bytes a row: 0, 1 and 4 of ``rows`` rows, 2, 3 and 5 of ``more``, 6 and 7 of 16.
@@ -54,46 +74,95 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// out[BLOCKS][rows][LANES] (+)= left [rows][depth] x right[BLOCKS][depth / 2][LANES].
-template <int BLOCKS, bool ADD>
-static void multiply_pairs(const bfloat16* left, size_t panel, const Pair* right, size_t right_stride, int depth, float* out, size_t out_stride, int rows) {
-  __asm__ volatile("" ::: "memory");  // compilers do not know that tiles are loaded from memory
-  for (int m = 0; m < rows; m += 32, left += 32 * DEPTH, out += 32 * LANES) {
-    if (ADD) {
-      _tile_loadd(0, out, 64);
-      _tile_loadd(1, out + 16 * LANES, 64);
-      if (BLOCKS == 2) {
-        _tile_loadd(2, out + out_stride, 64);
-        _tile_loadd(3, out + out_stride + 16 * LANES, 64);
+// Two tiles of the left operand by one of each block of the right. With the first step of some rows their sums are begun; those of the rows before leave the tiles then,
+// for the last steps' sums are not ready at once.
+struct PairStep {
+  const bfloat16* left;
+  const Pair* right;
+  size_t right_stride;
+  bool is_first, add;
+  float *out, *before;
+  size_t out_stride, before_stride;
+};
+
+// The intrinsics want a tile's number as a literal.
+#define LEAVE(tile, out, stride) _tile_stored(tile, (out) + tile / 2 * (stride) + tile % 2 * 16 * LANES, 64)
+#define BEGIN(tile)                                                                             \
+  if (s.is_first) {                                                                             \
+    if (s.before) LEAVE(tile, s.before, s.before_stride);                                       \
+    if (s.add) _tile_loadd(tile, s.out + tile / 2 * s.out_stride + tile % 2 * 16 * LANES, 64);  \
+    else _tile_zero(tile);                                                                      \
+  }
+
+// One of a step's pieces, two for each block.
+template <int PIECE>
+INLINE void multiply_piece(const PairStep& s) {
+  if constexpr (PIECE == 0) {
+    BEGIN(0)
+    _tile_loadd(6, s.right, 64);
+    _tile_loadd(4, s.left, 64);
+    _tile_dpbf16ps(0, 4, 6);
+  } else if constexpr (PIECE == 1) {
+    BEGIN(1)
+    _tile_loadd(5, s.left + 16 * DEPTH, 64);
+    _tile_dpbf16ps(1, 5, 6);
+  } else if constexpr (PIECE == 2) {
+    BEGIN(2)
+    _tile_loadd(7, s.right + s.right_stride, 64);
+    _tile_dpbf16ps(2, 4, 7);
+  } else {
+    BEGIN(3)
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// The steps of some products, one product after the other.
+class PairSteps {
+ public:
+  inline __attribute__((always_inline)) PairSteps(const PairProduct* products, int count) : p(products), last(products + count - 1) {
+    for (int i = 0; i < count; i++) left_over += products[i].rows / STEP_ROWS * (products[i].depth / DEPTH);
+  }
+  int num_left() const { return left_over; }
+
+  inline __attribute__((always_inline)) PairStep next() {
+    float* out = p->out + row * LANES;
+    const PairStep step = {p->left + row * DEPTH + k / DEPTH * p->panel, p->right + k / 2 * LANES, p->right_stride, k == 0, p->add, out, before, p->out_stride, before_stride};
+    left_over--;
+    k += DEPTH;
+    if (k == p->depth) {
+      k = 0;
+      before = out;
+      before_stride = p->out_stride;
+      row += STEP_ROWS;
+      if (row == p->rows) {
+        row = 0;
+        if (p < last) p++;
       }
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
     }
-    const bfloat16* x = left;
-    for (int k = 0; k < depth; k += DEPTH, x += panel) {
-      _tile_loadd(6, right + k / 2 * LANES, 64);
-      _tile_loadd(4, x, 64);
-      _tile_loadd(5, x + 16 * DEPTH, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-      if (BLOCKS == 2) {
-        _tile_loadd(7, right + right_stride + k / 2 * LANES, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, out, 64);
-    _tile_stored(1, out + 16 * LANES, 64);
+    return step;
+  }
+
+  // Behind the last step: the last sums leave the tiles.
+  template <int BLOCKS>
+  inline __attribute__((always_inline)) void finish() const {
+    if (!before) return;
+    LEAVE(0, before, before_stride);
+    LEAVE(1, before, before_stride);
     if (BLOCKS == 2) {
-      _tile_stored(2, out + out_stride, 64);
-      _tile_stored(3, out + out_stride + 16 * LANES, 64);
+      LEAVE(2, before, before_stride);
+      LEAVE(3, before, before_stride);
     }
   }
-  __asm__ volatile("" ::: "memory");
-}
+
+ private:
+  const PairProduct *p, *last;
+  int row = 0, k = 0, left_over = 0;
+  float* before = nullptr;
+  size_t before_stride = 0;
+};
+
+#undef BEGIN
+#undef LEAVE
 
 #else
 
@@ -101,23 +170,25 @@ struct Tiles {
   ~Tiles() {}
 };
 
-template <int BLOCKS, bool ADD>
-static void multiply_pairs(const bfloat16* left, size_t panel, const Pair* right, size_t right_stride, int depth, float* out, size_t out_stride, int rows) {
+template <int BLOCKS>
+static void multiply_pairs(const PairProduct& p) {
+  const bfloat16* left = p.left;
+  float* out = p.out;
   constexpr int AT_ONCE = 8;
-  for (int m = 0; m < rows; m += AT_ONCE, left += AT_ONCE * DEPTH, out += AT_ONCE * LANES) {
+  for (int m = 0; m < p.rows; m += AT_ONCE, left += AT_ONCE * DEPTH, out += AT_ONCE * LANES) {
     __m512 sums[AT_ONCE][BLOCKS];
 #pragma GCC unroll 8
     for (int r = 0; r < AT_ONCE; r++)
 #pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; b++) sums[r][b] = ADD ? _mm512_loadu_ps(out + b * out_stride + r * LANES) : _mm512_setzero_ps();
-    for (int k = 0; k < depth; k += 2) {
+      for (int b = 0; b < BLOCKS; b++) sums[r][b] = p.add ? _mm512_loadu_ps(out + b * p.out_stride + r * LANES) : _mm512_setzero_ps();
+    for (int k = 0; k < p.depth; k += 2) {
       __m512bh columns[BLOCKS];
 #pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; b++) columns[b] = (__m512bh)_mm512_loadu_si512(right + b * right_stride + k / 2 * LANES);
+      for (int b = 0; b < BLOCKS; b++) columns[b] = (__m512bh)_mm512_loadu_si512(p.right + b * p.right_stride + k / 2 * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < AT_ONCE; r++) {
         int pair;
-        memcpy(&pair, left + k / DEPTH * panel + r * DEPTH + k % DEPTH, sizeof pair);
+        memcpy(&pair, left + k / DEPTH * p.panel + r * DEPTH + k % DEPTH, sizeof pair);
         const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 2
         for (int b = 0; b < BLOCKS; b++) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], x, columns[b]);
@@ -126,9 +197,53 @@ static void multiply_pairs(const bfloat16* left, size_t panel, const Pair* right
 #pragma GCC unroll 8
     for (int r = 0; r < AT_ONCE; r++)
 #pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; b++) _mm512_storeu_ps(out + b * out_stride + r * LANES, sums[r][b]);
+      for (int b = 0; b < BLOCKS; b++) _mm512_storeu_ps(out + b * p.out_stride + r * LANES, sums[r][b]);
   }
 }
 
+// Nothing goes on beside other work here: all is done in the end.
+struct PairStep {};
+
+template <int PIECE>
+INLINE void multiply_piece(const PairStep&) {}
+
+class PairSteps {
+ public:
+  PairSteps(const PairProduct* products, int count) : products(products), count(count) {}
+  int num_left() const { return 0; }
+  PairStep next() { return {}; }
+
+  template <int BLOCKS>
+  void finish() const {
+    for (int i = 0; i < count; i++) multiply_pairs<BLOCKS>(products[i]);
+  }
+
+ private:
+  const PairProduct* products;
+  int count;
+};
+
 #endif
+
+// All pieces of a step at once.
+template <int BLOCKS>
+INLINE void multiply_step(const PairStep& step) {
+  multiply_piece<0>(step);
+  multiply_piece<1>(step);
+  if constexpr (BLOCKS == 2) {
+    multiply_piece<2>(step);
+    multiply_piece<3>(step);
+  }
+}
+
+// A whole product.
+template <int BLOCKS>
+INLINE void multiply(const PairProduct& product) {
+  settle();
+  PairSteps steps(&product, 1);
+  while (steps.num_left()) multiply_step<BLOCKS>(steps.next());
+  steps.finish<BLOCKS>();
+  settle();
+}
+
 #endif

@@ -58,11 +58,12 @@ static void cut_sequence(WorkList& work, const Step& step, int seq) {
     }
     return;
   }
-  // Rows of one tile belong to whole queries where they can, so that a tile's positions end early.
-  const int room = tile_rows(step), most = step.group() > room ? room : room / step.group() * step.group();
+  // Rows of one tile belong to whole queries where they can, so that a tile's positions end early. Tiles are of about the same size: each packs K and V anew.
+  const int room = tile_rows(step), most = step.group() > room ? room : room / step.group() * step.group(), tiles = (rows + most - 1) / most;
+  const int even = step.group() > room ? most : (queries + tiles - 1) / tiles * step.group();
   for (int head = 0; head < step.num_kv_heads; head++)
-    for (int first = 0; first < rows; first += most) {
-      const int count = std::min(most, rows - first);
+    for (int first = 0; first < rows; first += even) {
+      const int count = std::min(even, rows - first);
       const int query = first / step.group(), last = (first + count - 1) / step.group();
       Item item = {seq, head, first, count, step.first_visible(length - queries + query), length - queries + last + 1, -1, 0};
       if (rows > most || step.batch_invariant) work.add(item);
