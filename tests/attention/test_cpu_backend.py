@@ -158,6 +158,27 @@ def test_attend_negative_scale_turns_the_order_of_scores(build: str) -> None:
     torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=3e-2, atol=3e-2)
 
 
+# Scores that rise from position to position, or by far from one to the next: what was summed up before them is as good as nothing.
+RISING = [pytest.param(4.0, 0.0, id="apart"), pytest.param(0.125, 0.6, id="steadily"), pytest.param(0.125, 0.02, id="slowly")]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("scale", "rise"), RISING)
+@pytest.mark.parametrize(("width", "group"), [(64, 3), (96, 17), (128, 1)])
+@pytest.mark.parametrize("build", RUNNABLE)
+def test_attend_rising_scores_in_bfloat16_match_dense_attention(
+    build: str, width: int, group: int, scale: float, rise: float, batch_invariant: bool
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    lengths = [330, 90]
+    case = make_case(Geometry(2, group, width, width, 16, torch.bfloat16), lengths, seq_lens=lengths, generator=generator)
+    case.query[..., 0] = 1
+    for new, (key, _) in zip(case.key.split(lengths), case.dense, strict=True):
+        new[..., 0] = key[..., 0] = (torch.arange(len(key)) * rise / scale)[:, None]
+    options, backend = AttendOptions(Mask.causal(), scale), CpuBackend(build=build, batch_invariant=batch_invariant)
+    torch.testing.assert_close(case.attend(backend, options).double(), dense_attention(case, options), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attend_more_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
@@ -203,12 +224,18 @@ def test_attend_layers_of_two_dtypes_share_one_step() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("build", RUNNABLE)
-@pytest.mark.parametrize("mask", [Mask.causal(), Mask.sliding(150), Mask.chunked(100)], ids=str)
-def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(mask: Mask, build: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("mask", "scale"),
+    [(Mask.causal(), 0.125), (Mask.sliding(150), 0.125), (Mask.chunked(100), 0.125), (Mask.causal(), 4.0)],
+    ids=str,
+)
+def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(
+    mask: Mask, scale: float, build: str, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(6)
     length, geometry = 333, Geometry(2, 3, 64, 64, 16, dtype)
     case = make_case(geometry, [length], seq_lens=[length], generator=generator)
-    options, backend = AttendOptions(mask, 0.125), CpuBackend(build=build, batch_invariant=True)
+    options, backend = AttendOptions(mask, scale), CpuBackend(build=build, batch_invariant=True)
     whole = case.attend(backend, options)
     tables = case.batch.plan.block_tables[0]
     for cut in (1, 7, 16, 100, 128):

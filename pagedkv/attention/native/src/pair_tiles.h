@@ -173,20 +173,35 @@ struct Stream {
     if constexpr (BLOCKS == 2) multiply_beside<STEPS, 3>(a, b);
   }
 
+  Scores block_scores(const Part& part, int b) const {
+    return {scores(b), part.columns, tile + part.from, is_bent(step) ? 1.f : step.scale * LOG2E};
+  }
+
+  // Scores of a block to logits where the scale alone does not make them, and what exponents count from to where these need it, if that is in doubt. Whether it moved.
+  inline __attribute__((always_inline)) bool prepare(const Part& part, int b, bool doubtful) const {
+    Block& block = scratch.blocks[part.number + b];
+    const bool bent = is_bent(step);
+    if (bent) bend(scores(b), part.columns, step, block, tile + part.from);
+    return (doubtful || bent || block.is_new()) && raise(block_scores(part, b), block);
+  }
+  __attribute__((noinline)) void shrink_sums(const Part& part, int b) const {
+    const Floats shrink = scratch.blocks[part.number + b].shrink;
+    float* x = out(part) + b * scratch.out_width * LANES;
+    for (int d = 0; d < scratch.out_width; d++) store(x + d * LANES, load(x + d * LANES) * shrink);
+  }
+
+  // The part's weights, beside the products of the ``last`` part and the ``next`` if there are such.
   template <bool HIDDEN>
-  void soften(const Part& part, int number, const PairProduct* products, int count) const {
-    const int tile = this->tile + part.from, width = scratch.out_width;
-    const float factor = is_bent(step) ? 1.f : step.scale * LOG2E;
-    Block* blocks = scratch.blocks + part.number;
-    const auto block_out = [&](int b) { return out(part) + b * width * LANES; };
-    const auto block_scores = [&](int b) { return Scores{scores(b), part.columns, tile, factor}; };
-    for (int b = 0; b < BLOCKS; b++) {
-      if (is_bent(step)) bend(scores(b), part.columns, step, blocks[b], tile);
-      if (blocks[b].is_new()) raise(block_scores(b), blocks[b], block_out(b), width);
-    }
-    Softening low(block_scores(0), blocks[0]), high(block_scores(BLOCKS - 1), blocks[BLOCKS - 1]);
-    Pair *low_weights = weights(number, 0), *high_weights = weights(number, BLOCKS - 1);
+  void soften(const Part& part, int number, const Part* last, const Part* next) const {
+    PairProduct products[2];
+    int count = 0;
+    if (last) products[count++] = add_values(*last, number - 1);
+    if (next) products[count++] = score(*next);
     PairSteps steps(products, count);
+    const bool low_moved = prepare(part, 0, false), high_moved = BLOCKS == 2 && prepare(part, 1, false);
+    Block* blocks = scratch.blocks + part.number;
+    Softening low(block_scores(part, 0), blocks[0]), high(block_scores(part, BLOCKS - 1), blocks[BLOCKS - 1]);
+    Pair *low_weights = weights(number, 0), *high_weights = weights(number, BLOCKS - 1);
     const int num_steps = steps.num_left(), units = part.columns / 8;
     for (int t = 0, due = num_steps; t < part.columns; t += 8, due += num_steps) {
       if (due < units) {
@@ -201,28 +216,34 @@ struct Stream {
     }
     steps.template finish<BLOCKS>();
     settle();
-    const auto finish = [&](const Softening& soft, int b) {
-      const bool again = __builtin_expect(soft.is_exceeded(), 0);
-      const Floats total = again ? weigh_again(block_scores(b), blocks[b], weights(number, b), block_out(b), width) : soft.total();
-      blocks[b].sum += total;
-    };
-    finish(low, 0);
-    if (BLOCKS == 2) finish(high, 1);
-    settle();
+    if (low_moved) shrink_sums(part, 0);
+    if (high_moved) shrink_sums(part, 1);
+    if (__builtin_expect(low.is_exceeded() | (BLOCKS == 2 && high.is_exceeded()), 0)) return weigh_again(part, number, next);
+    blocks[0].sum += low.total();
+    if (BLOCKS == 2) blocks[1].sum += high.total();
+  }
+
+  // Where weights have grown too large they are made again, of scores that are made again, too: the next part's have taken their place.
+  __attribute__((noinline)) void weigh_again(const Part& part, int number, const Part* next) const {
+    multiply<BLOCKS>(score(part));
+    for (int b = 0; b < BLOCKS; b++) {
+      if (prepare(part, b, true)) shrink_sums(part, b);
+      Softening soft(block_scores(part, b), scratch.blocks[part.number + b]);
+      for (int t = 0; t < part.columns; t += 4) soft.template weigh<true>(t, weights(number, b));
+      scratch.blocks[part.number + b].sum += soft.total();
+    }
+    if (next) multiply<BLOCKS>(score(*next));
   }
 
   void run(const Part* parts, int count) const {
     if (count == 0) return;
     multiply<BLOCKS>(score(parts[0]));
     for (int i = 0; i < count; i++) {
-      PairProduct products[2];
-      int num_products = 0;
-      if (i > 0) products[num_products++] = add_values(parts[i - 1], i - 1);
-      const bool has_next = i + 1 < count, has_place = has_next && parts[i + 1].columns <= parts[i].columns;
-      if (has_place) products[num_products++] = score(parts[i + 1]);
-      if (parts[i].is_hidden) soften<true>(parts[i], i, products, num_products);
-      else soften<false>(parts[i], i, products, num_products);
-      if (has_next && !has_place) multiply<BLOCKS>(score(parts[i + 1]));
+      const Part *last = i > 0 ? parts + i - 1 : nullptr, *next = i + 1 < count ? parts + i + 1 : nullptr;
+      const Part* beside = next && next->columns <= parts[i].columns ? next : nullptr;  // whose scores have place where those of the part are in use no more
+      if (parts[i].is_hidden) soften<true>(parts[i], i, last, beside);
+      else soften<false>(parts[i], i, last, beside);
+      if (next != beside) multiply<BLOCKS>(score(*next));
     }
     multiply<BLOCKS>(add_values(parts[count - 1], count - 1));
   }

@@ -22,6 +22,7 @@ INLINE Floats weight_of(Floats x) {
 // Sixteen rows' sums so far; a lane is a row.
 struct Block {
   Floats most, sum;  // ``most``: what exponents count from
+  Floats shrink;     // of the sums of V, where ``most`` has moved
   Ints first, last;  // positions that each row sees; the last not included
   Ints position;
   Floats slope;
@@ -56,19 +57,19 @@ struct Scores {
   }
 };
 
-// Exponents count from the largest of the scores in rows where it is far above what they count from, or the first that is seen. Sums so far shrink, those of ``width``
-// columns in ``out`` [width][LANES] too.
-static __attribute__((noinline)) void raise(const Scores& scores, Block& block, float* out, int width) {
+// Moves what exponents count from in rows where the largest score is far above it or the first that is seen. Sums so far shrink; those of V have to, if this returns true.
+static __attribute__((noinline)) bool raise(const Scores& scores, Block& block) {
   const Floats nothing = splat(MINUS_INFINITY), factor = splat(scores.factor);
   const Ints low = block.first - scores.tile, high = block.last - scores.tile;
   Floats largest = nothing;
   for (int t = 0; t < scores.columns; t++)
     largest = (Floats)_mm512_mask_max_ps((__m512)largest, Scores::seen(low, high, t), (__m512)largest, (__m512)load(scores.x + t * LANES));
   const Ints above = (weight_of(fma(largest, factor, -block.base())) >= splat(MOST_WEIGHT)) | ((block.most == nothing) & (largest != nothing));
-  const Floats now = above ? fma(largest, factor, splat(SLACK)) : block.most, shrink = above ? exp2(block.most - now) : splat(1.f);
+  const Floats now = above ? fma(largest, factor, splat(SLACK)) : block.most;
+  block.shrink = above ? exp2(block.most - now) : splat(1.f);
   block.most = now;
-  block.sum *= shrink;
-  for (int d = 0; d < width; d++) store(out + d * LANES, load(out + d * LANES) * shrink);
+  block.sum *= block.shrink;
+  return _mm512_test_epi32_mask((__m512i)above, (__m512i)above);
 }
 
 // Weights of scores in pairs, and their sums.
@@ -106,13 +107,5 @@ class Softening {
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)));
   }
 };
-
-// The same after weights have grown too large, for all columns; the sums.
-static __attribute__((noinline)) Floats weigh_again(const Scores& scores, Block& block, Pair* weights, float* out, int width) {
-  raise(scores, block, out, width);
-  Softening soft(scores, block);
-  for (int t = 0; t < scores.columns; t += 4) soft.weigh<true>(t, weights);
-  return soft.total();
-}
 
 #endif
