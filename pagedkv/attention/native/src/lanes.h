@@ -91,14 +91,18 @@ INLINE Floats load(const int8_t* p) {
 
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
-// The upper halves are v in bfloat16: to nearest, ties to even; a NaN stays one.
+// v in bfloat16, as lower halves: to nearest, ties to even; a NaN stays one.
 INLINE Words nearest_bfloat16(Floats v) {
+#if defined(__AVX512BF16__) && LANES == 16  // what is below the least normal number becomes zero
+  return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const Words u = (Words)v, nan = (Words)(v != v);
-  return (nan & 0x7fc00000u) | (~nan & (u + 0x7fff + ((u >> 16) & 1)));
+  return ((nan & 0x7fc00000u) | (~nan & (u + 0x7fff + ((u >> 16) & 1)))) >> 16;
+#endif
 }
 
 INLINE void store(bfloat16* p, Floats v) {
-  const Words upper = nearest_bfloat16(v) >> 16;
+  const Words upper = nearest_bfloat16(v);
 #if defined(__AVX512F__) && LANES == 16  // what compilers make of the conversion below takes three times as long
   const __m256i h = _mm512_cvtepi32_epi16((__m512i)upper);
 #elif defined(__AVX2__) && LANES == 8
@@ -155,7 +159,7 @@ INLINE void store_two(T* p, Two v) {
 }
 
 INLINE void store_two(bfloat16* p, Two v) {
-  const Words pairs = (nearest_bfloat16(v.a) >> 16) | (nearest_bfloat16(v.b) & 0xffff0000u);
+  const Words pairs = nearest_bfloat16(v.a) | nearest_bfloat16(v.b) << 16;
   memcpy(p, &pairs, sizeof pairs);
 }
 
@@ -215,9 +219,13 @@ INLINE void sum4(const Floats* v, float* out) {
 
 // 2^x, relative error below 2e-7; below -126 it is exactly 0, so that what is masked away weighs nothing. Polynomial of Cephes (exp2f).
 INLINE Floats exp2(Floats x) {
+#if defined(__AVX512DQ__) && LANES == 16
+  const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const Floats magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   Floats clamped = larger(x, splat(-126.f));
   Floats whole = (clamped + magic) - magic, rest = clamped - whole;
+#endif
   Floats p = splat(1.535336188319500e-4f);
   p = fma(p, rest, splat(1.339887440266574e-3f));
   p = fma(p, rest, splat(9.618437357674640e-3f));
@@ -225,9 +233,13 @@ INLINE Floats exp2(Floats x) {
   p = fma(p, rest, splat(2.402264791363012e-1f));
   p = fma(p, rest, splat(6.931472028550421e-1f));
   p = fma(p, rest, splat(1.f));
+#if defined(__AVX512DQ__) && LANES == 16
+  return (Floats)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_GE_OQ), (__m512)p, (__m512)(x - rest));
+#else
   Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
   Ints keep = x >= splat(-126.f);
   return (Floats)((Ints)(p * (Floats)exponent) & keep);
+#endif
 }
 
 // tanh(x), relative error below 2e-7. Polynomial of Cephes (tanhf) near 0, where the quotient would cancel.

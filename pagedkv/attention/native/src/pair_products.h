@@ -28,7 +28,7 @@ struct Ahead {
       : next(weight + (num_blocks > 1 ? num_panels * panel_pairs : NEAR)), lines((int)((2 * TILE + num_blocks - 1) / num_blocks)) {}
 
   inline __attribute__((always_inline)) void ask() {
-    for (int line = 0; line < lines; line++, next += LANES) __builtin_prefetch(next);
+    for (int line = 0; line < lines; line++, next += LANES) __builtin_prefetch(next, 0, 2);
   }
   static constexpr int NEAR = 8 * TILE_PAIRS;
 };
@@ -37,10 +37,42 @@ struct Ahead {
 
 constexpr int ROWS_TOGETHER = 2 * TILE;  // of x, multiplied with both tiles of a panel at once
 
-// sums[BLOCKS * TILE] of BLOCKS tiles of x with a panel.
-template <int BLOCKS>
-INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* weight, Ahead& ahead, PanelSums* sums) {
+// Sums of a block of rows and a panel that wait to be finished, a row at a time: between the multiplications of the next block, so that neither waits for the other.
+template <class Finish>
+class Waiting {
+ public:
+  explicit Waiting(Finish finish) : finish(finish) {}
+  ~Waiting() { finish_all(); }
+
+  // Where the next block's sums go. Their turn comes with ``wait``.
+  PanelSums* next_sums() { return sums[place ^ 1]; }
+  inline __attribute__((always_inline)) void wait(int next_panel, int64_t row, int count) {
+    finish_all();
+    place ^= 1;
+    panel = next_panel;
+    first_row = row;
+    num_rows = count;
+    done = 0;
+  }
+  inline __attribute__((always_inline)) void finish_some(int most) {
+    for (; most > 0 && done < num_rows; most--, done++) finish(panel, first_row + done, sums[place][done]);
+  }
+
+ private:
+  Finish finish;
+  int place = 0, panel = 0, num_rows = 0, done = 0;
+  int64_t first_row = 0;
+  alignas(64) PanelSums sums[2][ROWS_TOGETHER];
+
+  inline __attribute__((always_inline)) void finish_all() { finish_some(ROWS_TOGETHER); }
+};
+
+// The sums of BLOCKS tiles of x with a panel.
+template <int BLOCKS, class Finish>
+INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* weight, Ahead& ahead, Waiting<Finish>& waiting) {
   const size_t stride = num_inputs * sizeof(bfloat16);
+  const int rows_beside = (int)((ROWS_TOGETHER * DEPTH + num_inputs - 1) / num_inputs);
+  PanelSums* sums = waiting.next_sums();
   _tile_zero(0);
   _tile_zero(1);
   if (BLOCKS == 2) {
@@ -59,6 +91,7 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    waiting.finish_some(rows_beside);
   }
   _tile_stored(0, sums[0][0], sizeof *sums);
   _tile_stored(1, sums[0][1], sizeof *sums);
@@ -69,27 +102,27 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
   __asm__ volatile("" : : "r"(sums) : "memory");  // compilers do not know that tiles are stored
 }
 
-// Calls ``finish(panel, first row, rows, sums)`` for each block of some rows of x and each of some panels. The block stays in the innermost cache meanwhile, and results
-// of a row are written side by side.
+// Calls ``finish(panel, row, sums)`` for each row of x and each of some panels. A block of rows stays in the innermost cache meanwhile, and results of a row are written
+// side by side.
 template <class Finish>
 INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, int num_panels, Finish finish) {
-  alignas(64) PanelSums sums[ROWS_TOGETHER];
+  Waiting<Finish> waiting(finish);
   const int64_t whole = num_rows / ROWS_TOGETHER * ROWS_TOGETHER, rest = num_rows - whole, panel_pairs = num_inputs / DEPTH * 2 * TILE_PAIRS;
   Ahead ahead(weight, panel_pairs, num_panels, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
   if (whole) {
     const Tiles tiles;
     for (int64_t row = 0; row < whole; row += ROWS_TOGETHER)
       for (int panel = 0; panel < num_panels; panel++) {
-        multiply_tiles<2>(x + row * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, sums);
-        finish(panel, row, ROWS_TOGETHER, sums);
+        multiply_tiles<2>(x + row * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, waiting);
+        waiting.wait(panel, row, ROWS_TOGETHER);
       }
   }
   if (rest) {
     const Tiles tiles(std::min<int>(rest, TILE), std::max<int>(rest - TILE, 1));
     for (int panel = 0; panel < num_panels; panel++) {
-      if (rest > TILE) multiply_tiles<2>(x + whole * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, sums);
-      else multiply_tiles<1>(x + whole * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, sums);
-      finish(panel, whole, (int)rest, sums);
+      if (rest > TILE) multiply_tiles<2>(x + whole * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, waiting);
+      else multiply_tiles<1>(x + whole * num_inputs, num_inputs, weight + panel * panel_pairs, ahead, waiting);
+      waiting.wait(panel, whole, (int)rest);
     }
   }
 }
@@ -136,7 +169,7 @@ INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inp
     const int rows = (int)std::min<int64_t>(num_rows - row, ROWS_TOGETHER);
     for (int panel = 0; panel < num_panels; panel++) {
       multiply_some(x + row * num_inputs, rows, num_inputs, weight + panel * panel_pairs, ahead, sums);
-      finish(panel, row, rows, sums);
+      for (int r = 0; r < rows; r++) finish(panel, row + r, sums[r]);
     }
   }
 }
@@ -186,20 +219,18 @@ INLINE void finish_line(const Product& p, const PanelSums& sums, int64_t row, in
 // Some rows with some panels.
 static void multiply_pair_panels(const Product& p, int64_t first_panel, int num_panels, int64_t first_row, int64_t num_rows) {
   const Pair* weight = (const Pair*)p.weight + first_panel * (p.num_inputs / DEPTH) * 2 * TILE_PAIRS;
-  const auto finish = [&](int panel, int64_t block, int rows, const PanelSums* sums) {
-    const int64_t row = first_row + block, first = (first_panel + panel) * (p.halves ? TILE : 2 * TILE), second = first + (p.halves ? p.num_outputs / 2 : TILE);
-    if (p.gate >= 0) {
-      for (int r = 0; r < rows; r++) finish_gated(p, sums[r], row + r, first);
-    } else if (!p.halves && second + TILE <= p.num_outputs) {
-      for (int r = 0; r < rows; r++) finish_line(p, sums[r], row + r, first);
-    } else {
-      for (int r = 0; r < rows; r++) {
-        finish_outputs(p, sums[r][0], row + r, first);
-        finish_outputs(p, sums[r][1], row + r, second);
-      }
-    }
+  const bfloat16* x = (const bfloat16*)p.x + first_row * p.num_inputs;
+  const auto multiply = [&](auto finish) {
+    multiply_blocks(x, num_rows, p.num_inputs, weight, num_panels,
+                    [&](int panel, int64_t row, const PanelSums& sums) { finish(sums, first_row + row, (first_panel + panel) * (p.halves ? TILE : 2 * TILE)); });
   };
-  multiply_blocks((const bfloat16*)p.x + first_row * p.num_inputs, num_rows, p.num_inputs, weight, num_panels, finish);
+  if (p.gate >= 0) multiply([&](const PanelSums& sums, int64_t row, int64_t output) { finish_gated(p, sums, row, output); });
+  else if (p.halves || (first_panel + num_panels) * 2 * TILE > p.num_outputs)
+    multiply([&](const PanelSums& sums, int64_t row, int64_t output) {
+      finish_outputs(p, sums[0], row, output);
+      finish_outputs(p, sums[1], row, output + (p.halves ? p.num_outputs / 2 : TILE));
+    });
+  else multiply([&](const PanelSums& sums, int64_t row, int64_t output) { finish_line(p, sums, row, output); });
 }
 
 // Panels that a block of rows passes before the next block comes: several where there are many blocks and one stays in the innermost cache, so that what is written of a

@@ -7,7 +7,7 @@
 #if defined(PAIRS)
 
 // Exponents count from a point that is SLACK above the largest logit in base 2, and move only when one is so far above it that its weight is MOST_WEIGHT: that is seldom.
-constexpr float SLACK = 7, MOST_WEIGHT = 2;
+constexpr float SLACK = 30, MOST_WEIGHT = 2;
 
 // 2^x, relative error 1e-4: a weight is rounded to bfloat16 next. A polynomial of degree 3 that is exact at whole numbers.
 INLINE Floats weight_of(Floats x) {
