@@ -229,9 +229,7 @@ def test_attend_layers_of_two_dtypes_share_one_step() -> None:
     [(Mask.causal(), 0.125), (Mask.sliding(150), 0.125), (Mask.chunked(100), 0.125), (Mask.causal(), 4.0)],
     ids=str,
 )
-def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(
-    mask: Mask, scale: float, build: str, dtype: torch.dtype
-) -> None:
+def test_attend_batch_invariant_does_not_depend_on_how_a_prompt_is_cut(mask: Mask, scale: float, build: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(6)
     length, geometry = 333, Geometry(2, 3, 64, 64, 16, dtype)
     case = make_case(geometry, [length], seq_lens=[length], generator=generator)
