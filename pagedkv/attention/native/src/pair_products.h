@@ -79,11 +79,12 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
     _tile_zero(2);
     _tile_zero(3);
   }
+  // Weights pass by: the hint in their loads keeps them from pushing x out of the innermost cache.
   for (int64_t k = 0; k < num_inputs; k += DEPTH, weight += 2 * TILE_PAIRS) {
     _tile_loadd(4, x + k, stride);
-    _tile_loadd(6, weight, 64);
+    _tile_stream_loadd(6, weight, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, weight + TILE_PAIRS, 64);
+    _tile_stream_loadd(7, weight + TILE_PAIRS, 64);
     _tile_dpbf16ps(1, 4, 7);
     ahead.ask();
     if (BLOCKS == 2) {

@@ -94,17 +94,17 @@ struct PairStep {
     else _tile_zero(tile);                                                                      \
   }
 
-// One of a step's pieces, two for each block.
+// One of a step's pieces, two for each block. What is on the left passes by: the hint in its loads keeps it from pushing all else out of the innermost cache.
 template <int PIECE>
 INLINE void multiply_piece(const PairStep& s) {
   if constexpr (PIECE == 0) {
     BEGIN(0)
     _tile_loadd(6, s.right, 64);
-    _tile_loadd(4, s.left, 64);
+    _tile_stream_loadd(4, s.left, 64);
     _tile_dpbf16ps(0, 4, 6);
   } else if constexpr (PIECE == 1) {
     BEGIN(1)
-    _tile_loadd(5, s.left + 16 * DEPTH, 64);
+    _tile_stream_loadd(5, s.left + 16 * DEPTH, 64);
     _tile_dpbf16ps(1, 5, 6);
   } else if constexpr (PIECE == 2) {
     BEGIN(2)
@@ -119,7 +119,7 @@ INLINE void multiply_piece(const PairStep& s) {
 // The steps of some products, one product after the other.
 class PairSteps {
  public:
-  inline __attribute__((always_inline)) PairSteps(const PairProduct* products, int count) : p(products), last(products + count - 1) {
+  inline __attribute__((always_inline)) PairSteps(const PairProduct* products, int count) : p(products) {
     for (int i = 0; i < count; i++) left_over += products[i].rows / STEP_ROWS * (products[i].depth / DEPTH);
   }
   int num_left() const { return left_over; }
@@ -136,7 +136,7 @@ class PairSteps {
       row += STEP_ROWS;
       if (row == p->rows) {
         row = 0;
-        if (p < last) p++;
+        p++;
       }
     }
     return step;
@@ -155,7 +155,7 @@ class PairSteps {
   }
 
  private:
-  const PairProduct *p, *last;
+  const PairProduct* p;
   int row = 0, k = 0, left_over = 0;
   float* before = nullptr;
   size_t before_stride = 0;
