@@ -250,7 +250,7 @@ class _CpuStep(StepAttention):
     def __init__(self, batch: StepBatch, num_threads: int) -> None:
         super().__init__(batch)
         self.num_threads = num_threads
-        self._works: dict[tuple[int, Mask, int, int, int, int], Work] = {}
+        self._works: dict[tuple[int, Mask, int, int, int, int, torch.dtype], Work] = {}
         self._calls: dict[tuple[object, ...], AttendCall] = {}
         self._joined: dict[tuple[object, ...], JoinedRows] = {}
 
@@ -274,7 +274,7 @@ class _CpuStep(StepAttention):
     def _new_call(self, backend: CpuBackend, pool: LayerPool, options: AttendOptions, heads: int) -> AttendCall:
         spec = pool.spec
         struct = filled(self.batch, pool, options, num_heads=heads, batch_invariant=backend.batch_invariant)
-        kind = (spec.group, options.mask, heads, spec.num_kv_heads, spec.key_dim, spec.value_dim)
+        kind = (spec.group, options.mask, heads, spec.num_kv_heads, spec.key_dim, spec.value_dim, pool.dtype)  # what work is cut by
         work = self._works.get(kind)
         if work is None:
             work = self._works[kind] = backend.new_work(struct)

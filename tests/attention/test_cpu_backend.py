@@ -117,8 +117,9 @@ def test_attend_long_chunks_in_bfloat16_match_dense_attention(
     options = Variant(mask, softcap=5.0 if variant == "bent" else None, alibi=variant == "bent", sinks=True).options(
         geometry, generator, torch.device("cpu")
     )
-    # Weighted sums over hundreds of positions are small: to what they are rounded is, too.
-    torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-2, atol=3e-3)
+    # Weighted sums over hundreds of positions are small: to what they are rounded is, too. A weight is rounded to eight bits, so a sum is
+    # off by 2^-9 of what a V is away from it, at most.
+    torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-2, atol=6e-3)
 
 
 # Heads, group, widths of K and V: one item reads one of these heads, several or all, by the size of a block and of the group.
@@ -207,12 +208,11 @@ def test_attend_beside_other_sequences_gives_the_same_bits(dtype: torch.dtype) -
         assert torch.equal(alone, together[tokens]), f"sequence {seq}"
 
 
-def test_attend_layers_of_two_dtypes_share_one_step() -> None:
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_attend_layers_of_two_dtypes_share_one_step(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     backend, options = CpuBackend(), AttendOptions(Mask.causal(), 0.25)
-    cases = [
-        make_case(Geometry(dtype=dtype), [1, 5], seq_lens=[30, 9], generator=torch.Generator().manual_seed(3))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    # More rows than one item has in float32, fewer than one has in bfloat16.
+    cases = [make_case(Geometry(dtype=dtype), [1, 150], seq_lens=[30, 150], generator=torch.Generator().manual_seed(3)) for dtype in dtypes]
     step = backend.plan(cases[0].batch)  # the same seed: the tables of both are the same
     for case in cases:
         pool = case.storage.layers[0]

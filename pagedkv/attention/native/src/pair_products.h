@@ -94,13 +94,14 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
     }
     waiting.finish_some(rows_beside);
   }
+  settle();
   _tile_stored(0, sums[0][0], sizeof *sums);
   _tile_stored(1, sums[0][1], sizeof *sums);
   if (BLOCKS == 2) {
     _tile_stored(2, sums[TILE][0], sizeof *sums);
     _tile_stored(3, sums[TILE][1], sizeof *sums);
   }
-  __asm__ volatile("" : : "r"(sums) : "memory");  // compilers do not know that tiles are stored
+  settle();
 }
 
 // Calls ``finish(panel, row, sums)`` for each row of x and each of some panels. A block of rows stays in the innermost cache meanwhile, and results of a row are written

@@ -81,11 +81,11 @@ class Softening {
   // Four columns. (No arrays: compilers would keep them in memory.)
   template <bool HIDDEN>
   inline __attribute__((always_inline)) void weigh(int t, Pair* weights) {
-    const Floats a = weight<HIDDEN>(t), b = weight<HIDDEN>(t + 1), c = weight<HIDDEN>(t + 2), d = weight<HIDDEN>(t + 3);
-    sum += (a + b) + (c + d);
-    bits |= (Words)a | (Words)b | (Words)c | (Words)d;
-    store_pairs(a, b, weights + t / 2 * LANES);
-    store_pairs(c, d, weights + (t / 2 + 1) * LANES);
+    const Words a = weight<HIDDEN>(t), b = weight<HIDDEN>(t + 1), c = weight<HIDDEN>(t + 2), d = weight<HIDDEN>(t + 3);
+    sum += ((Floats)a + (Floats)b) + ((Floats)c + (Floats)d);
+    bits |= a | b | c | d;
+    _mm512_storeu_si512(weights + t / 2 * LANES, (__m512i)(a >> 16 | b));
+    _mm512_storeu_si512(weights + (t / 2 + 1) * LANES, (__m512i)(c >> 16 | d));
   }
   // Whether some weight is MOST_WEIGHT or more: their exponents alone have their uppermost bit set.
   inline __attribute__((always_inline)) bool is_exceeded() const { return _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x40000000)); }
@@ -97,14 +97,11 @@ class Softening {
   Floats factor, base, sum = {};
   Words bits = {};
 
+  // Rounded to bfloat16, and so it goes into the sum, too: what one row's only large weight gains or loses, its sum does.
   template <bool HIDDEN>
-  inline __attribute__((always_inline)) Floats weight(int t) const {
-    const Floats w = weight_of(fma(load(x + t * LANES), factor, -base));
-    return HIDDEN ? (Floats)_mm512_maskz_mov_ps(Scores::seen(low, high, t), (__m512)w) : w;
-  }
-  static inline __attribute__((always_inline)) void store_pairs(Floats a, Floats b, Pair* out) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)));
+  inline __attribute__((always_inline)) Words weight(int t) const {
+    const __m512i w = (__m512i)((Words)weight_of(fma(load(x + t * LANES), factor, -base)) + 0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
+    return (Words)(HIDDEN ? _mm512_maskz_and_epi32(Scores::seen(low, high, t), w, upper) : _mm512_and_epi32(w, upper));
   }
 };
 
