@@ -117,9 +117,8 @@ def test_attend_long_chunks_in_bfloat16_match_dense_attention(
     options = Variant(mask, softcap=5.0 if variant == "bent" else None, alibi=variant == "bent", sinks=True).options(
         geometry, generator, torch.device("cpu")
     )
-    # Weighted sums over hundreds of positions are small: to what they are rounded is, too. A weight is rounded to eight bits, so a sum is
-    # off by 2^-9 of what a V is away from it, at most.
-    torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-2, atol=6e-3)
+    # Weighted sums over hundreds of positions are small: to what they are rounded is, too.
+    torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-2, atol=3e-3)
 
 
 # Heads, group, widths of K and V: one item reads one of these heads, several or all, by the size of a block and of the group.

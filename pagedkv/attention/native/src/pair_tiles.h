@@ -174,7 +174,8 @@ struct Stream {
   }
 
   Scores block_scores(const Part& part, int b) const {
-    return {scores(b), part.columns, tile + part.from, is_bent(step) ? 1.f : step.scale * LOG2E};
+    const bool bent = is_bent(step);
+    return {scores(b), part.columns, tile + part.from, bent ? 1.f : step.scale * LOG2E, bent};
   }
 
   // Scores of a block to logits where the scale alone does not make them, and what exponents count from to where these need it, if that is in doubt. Whether it moved.

@@ -50,6 +50,7 @@ struct Scores {
   const float* x;
   int columns, tile;
   float factor;  // from scores to logits in base 2
+  bool bent;     // what exponents count from is looked at anew before each part, so it can follow the largest logit, whose weight is exact then
 
   static inline __attribute__((always_inline)) __mmask16 seen(const Ints& low, const Ints& high, int t) {
     const __m512i column = _mm512_set1_epi32(t);
@@ -64,8 +65,10 @@ static __attribute__((noinline)) bool raise(const Scores& scores, Block& block) 
   Floats largest = nothing;
   for (int t = 0; t < scores.columns; t++)
     largest = (Floats)_mm512_mask_max_ps((__m512)largest, Scores::seen(low, high, t), (__m512)largest, (__m512)load(scores.x + t * LANES));
-  const Ints above = (weight_of(fma(largest, factor, -block.base())) >= splat(MOST_WEIGHT)) | ((block.most == nothing) & (largest != nothing));
-  const Floats now = above ? fma(largest, factor, splat(SLACK)) : block.most;
+  const Floats highest = fma(largest, factor, splat(SLACK));
+  const Ints far = scores.bent ? highest > block.most : weight_of(fma(largest, factor, -block.base())) >= splat(MOST_WEIGHT);
+  const Ints above = far | ((block.most == nothing) & (largest != nothing));
+  const Floats now = above ? highest : block.most;
   block.shrink = above ? exp2(block.most - now) : splat(1.f);
   block.most = now;
   block.sum *= block.shrink;
