@@ -18,13 +18,13 @@ from attention_work import Shape, Work, shapes
 from common import Report, Spread, arguments
 from contest import turns
 from elsewhere import FOLDER, FailedError, Pipe
-from machine_limits import CHUNK_NBYTES, Limits
+from machine_limits import CHUNK_NBYTES, Limits, scattered_reads
 from torch import Tensor
 
 from pagedkv.attention import AttentionBackend
 from pagedkv.attention.registry import BACKENDS, get_backend
 
-YARDSTICK, VLLM = "torch, contiguous", "vLLM operator"
+YARDSTICK, VLLM, READS = "torch, contiguous", "vLLM operator", "scattered reads"
 ORACLE = "reference"
 OURS = "cpu"
 LIMIT_NBYTES, LIMIT_NBYTES_QUICK = 512 << 20, 16 << 20
@@ -32,8 +32,9 @@ WORST_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}
 NOTES = (
     "Spread: median (5th..95th percentile) over calls, one call being one layer. Contestants of this process run in turns, a pass over all"
     " layers each; the vLLM operator runs after them in its own process, so a load that comes and goes may hit one and not the other.",
-    "Decode: GB/s of the K and V that the sequences hold, read once; % is of scattered reads in the chunk that one head of a block is, or"
-    " the nearest measured. Prefill: GFLOP/s of what the causal mask leaves; % is of a large product in that dtype.",
+    "Decode: GB/s of the K and V that the sequences hold, read once; % is of reading as many bytes in chunks in random order, a chunk being"
+    " what one head of a block holds, in turns with the others. Prefill: GFLOP/s of what the causal mask leaves; % is of a large product in"
+    " that dtype.",
     "Not timed: writing K and V, and what is worked out once per step for all layers (pagedkv: plan and layout; vLLM: its scheduler"
     " metadata). Error: largest difference from the yardstick's first layer, for vLLM from torch's attention on its own numbers.",
 )
@@ -131,15 +132,25 @@ def _measure(shape: Shape, args: argparse.Namespace) -> dict[str, Measured]:
         else:
             results[name] = Measured(reason=reason)
     ways[YARDSTICK] = _contiguous(work)
+    attending = list(ways)
+    if shape.is_decode:
+        ways[READS] = _reads(work, generator)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
         truth = ways[YARDSTICK](0).float()
-        errors = {name: float((attend(0).float() - truth).abs().max()) for name, attend in ways.items()}
+        errors = {name: float((ways[name](0).float() - truth).abs().max()) for name in attending}
         for number in range(1 + args.passes):
             for name in turns(list(ways), number):
                 one_pass = _pass(ways[name], work.num_layers)
                 seconds[name] += one_pass if number else []
-    return {**{name: Measured(seconds[name], errors[name]) for name in ways}, **results}
+    return {**{name: Measured(seconds[name], errors.get(name)) for name in ways}, **results}
+
+
+def _reads(work: Work, generator: torch.Generator) -> Attend:
+    """The least that a decode could do: as many bytes, in chunks as large as one head of a block."""
+    chunk = work.batch.block_size * work.shape.dim * work.dtype.itemsize
+    calls = scattered_reads(work.shape.nbytes, work.num_layers, chunk_nbytes=chunk, generator=generator)
+    return lambda layer: calls[layer]()
 
 
 def _paged(work: Work, backend: AttentionBackend) -> Attend:
@@ -214,19 +225,24 @@ def _row(
     ratio = times.median / Spread.of(ours, scale=1e3).median if ours else None
     if shape.is_decode:
         amount, unit = shape.nbytes, "GB/s"
-        chunk = (32 if name == VLLM else args.block_size) * shape.dim * getattr(torch, shape.dtype).itemsize
-        best = limits.scattered[min(CHUNK_NBYTES, key=lambda size: abs(size - chunk))]
+        best = amount / Spread.of(results[READS].seconds).median
     else:
         amount, unit, best = shape.flops, "GFLOP/s", limits.multiply[shape.dtype]
     rate = Spread.of([amount / value / 1e9 for value in result.seconds])
     share = 100 * rate.median * 1e9 / best
-    wrong = result.error is None or result.error > WORST_ERROR[shape.dtype]
+    error = "" if name == READS else _judged(result.error, shape.dtype)
     report.figure(f"{title}, ms", times)
     report.figure(f"{title}, times as long as {OURS}'s", ratio)
     report.figure(f"{title}, {unit}", rate)
     report.figure(f"{title}, % of best", share)
     report.figure(f"{title}, largest error", result.error)
-    return [str(shape), name, times, ratio, rate, share, f"{result.error:.1e}{', WRONG' if wrong else ''}"]
+    return [str(shape), name, times, ratio, rate, share, error]
+
+
+def _judged(error: float | None, dtype: str) -> str:
+    if error is None:
+        return "unknown, WRONG"
+    return f"{error:.1e}{', WRONG' if error > WORST_ERROR[dtype] else ''}"
 
 
 if __name__ == "__main__":

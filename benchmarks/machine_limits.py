@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from common import timed
 
+from pagedkv.storage.memory import zeros
+
 CHUNK_NBYTES = (2_048, 4_096, 12_288)  # one head of a block is of such sizes
 CHUNKS_A_SUM = 64
 ORDER = 1_024  # of the multiplied matrices
@@ -56,9 +58,26 @@ class Limits:
         return cls(memory.nbytes / best(memory.sum), scattered, multiply)
 
 
-def _scattered(memory: torch.Tensor, width: int, generator: torch.Generator) -> Callable[[], object]:
+def _scattered(memory: torch.Tensor, width: int, generator: torch.Generator) -> Callable[[], torch.Tensor]:
     """Reads each chunk once, adding up so many at a time that the sums stay in the cache: next to nothing is written."""
     rows = memory[: memory.numel() // width * width].view(-1, width)
     order = torch.randperm(rows.shape[0], generator=generator)
     starts = torch.arange(0, rows.shape[0], CHUNKS_A_SUM)
     return lambda: F.embedding_bag(order, rows, starts, mode="sum")
+
+
+def scattered_reads(nbytes: int, count: int, *, chunk_nbytes: int, generator: torch.Generator) -> list[Callable[[], torch.Tensor]]:
+    """``count`` calls, each of which reads memory of its own once, in chunks in random order, from the kind of pages that pools have.
+
+    Args:
+        nbytes: read by one call.
+        count: of calls.
+        chunk_nbytes: that lie side by side.
+        generator: of the order.
+    """
+    width = chunk_nbytes // 4
+    calls = []
+    for _ in range(count):
+        memory = zeros(nbytes // chunk_nbytes, width, dtype=torch.float32, device=torch.device("cpu"))
+        calls.append(_scattered(memory.view(-1), width, generator))
+    return calls

@@ -183,34 +183,38 @@ INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // contra
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 INLINE float sum(Floats v) {
+#if defined(__AVX512F__) && LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float some[LANES], total = 0;
   store(some, v);
   for (int i = 0; i < LANES; i++) total += some[i];
   return total;
+#endif
 }
 
 INLINE float largest(Floats v) {
+#if defined(__AVX512F__) && LANES == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float some[LANES];
   store(some, v);
   float most = some[0];
   for (int i = 1; i < LANES; i++) most = some[i] > most ? some[i] : most;
   return most;
+#endif
 }
 
 // The sums of four registers' lanes, side by side.
 INLINE void sum4(const Floats* v, float* out) {
-#if defined(__AVX2__) && (LANES == 8 || LANES == 16)
-  __m256 part[4];
-  for (int i = 0; i < 4; i++) {
-#if LANES == 16
-    __m256 halves[2];
-    memcpy(halves, &v[i], sizeof halves);
-    part[i] = _mm256_add_ps(halves[0], halves[1]);
-#else
-    part[i] = (__m256)v[i];
-#endif
-  }
-  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
+#if defined(__AVX512F__) && LANES == 16
+  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+  const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b)), cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+  const __m512 quarters = (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);
+  const __m256 halves = _mm512_castps512_ps256(quarters) + _mm512_extractf32x8_ps(quarters, 1);
+  _mm_storeu_ps(out, _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1));
+#elif defined(__AVX2__) && LANES == 8
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 #else
   for (int i = 0; i < 4; i++) out[i] = sum(v[i]);

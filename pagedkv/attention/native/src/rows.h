@@ -1,6 +1,10 @@
 // Decodes: few rows over many positions. K and V are read once, in place, row by row; blocks are scattered in memory, so the rows ahead
-// are prefetched by software: the hardware's prefetcher stops at every block.
+// are prefetched by software: the hardware's prefetcher stops at every block. Each line is asked for while the one that lies as far behind it is in
+// use: where many are asked for at once, the processor's few slots for lines on their way are full, and it waits before it goes on multiplying.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "lanes.h"
 #include "step.h"
@@ -10,7 +14,9 @@ constexpr int STRIDE = PART + LANES;  // of scores, from query to query
 constexpr int TURN = 16;   // positions of one head before the next head's turn
 constexpr int RUN = 32;    // the same where one head is read alone: for so long sums stay in registers
 constexpr int AHEAD = 24;  // and rows between the one in use and the one that is prefetched there; with turns it is the next turn's
-constexpr int NEAR_NBYTES = 4096;
+static_assert(TURN <= AHEAD, "as many addresses stand behind the last");
+constexpr int NEAR_NBYTES = 8192;  // of one head in a block: below, several heads take turns, so that more is read that lies side by side
+constexpr int SLICE = 2 * LANES;   // elements of K that are multiplied at once
 
 // K/V heads of one item. What all heads of a block hold lies side by side: where one head's share is small, several are read by turns.
 INLINE int heads_at_once(const Step& step) {
@@ -35,38 +41,66 @@ INLINE void prefetch_row(const T* row, int dim) {
   for (int byte = 0; byte < dim * (int)sizeof(T); byte += 64) __builtin_prefetch((const char*)row + byte, 0, 3);
 }
 
+// The lines of COUNT elements, of which some may be behind a row's end. The hint: they are read once, and need no place in the outer caches.
+template <int COUNT, class T>
+INLINE void prefetch_part(const T* p) {
+#pragma GCC unroll 8
+  for (size_t byte = 0; byte < COUNT * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + byte, 0, 0);
+}
+
+// Products of slices of K and of queries, summed up in lanes; and how queries are kept for them, padded with zeros to whole slices.
+template <class T>
+struct Dots {
+  typedef float Query;
+  typedef Two Slice;
+
+  static inline __attribute__((always_inline)) Two load(const T* k) { return load_two(k); }
+  static inline __attribute__((always_inline)) Two load(const T* k, int count) {  // of a row's end; no more is read
+    if (count <= LANES) return {load_part(k, count), Floats{}};
+    return {::load(k), load_part(k + LANES, count - LANES)};
+  }
+  static inline __attribute__((always_inline)) Floats add(const Two& k, const float* query, Floats sum) { return fma(k.b, ::load(query + LANES), fma(k.a, ::load(query), sum)); }
+  static inline __attribute__((always_inline)) void keep(const Two& slice, float* query) {
+    store(query, slice.a);
+    store(query + LANES, slice.b);
+  }
+};
+
+#if defined(__AVX512BF16__) && LANES == 16
+
+// Two products for each lane: those of bfloat16 are exact in float32.
+template <>
+struct Dots<bfloat16> {
+  typedef bfloat16 Query;
+  typedef __m512i Slice;
+
+  static inline __attribute__((always_inline)) __m512i load(const bfloat16* k) { return _mm512_loadu_si512(k); }
+  static inline __attribute__((always_inline)) __m512i load(const bfloat16* k, int count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, k); }
+  static inline __attribute__((always_inline)) Floats add(__m512i k, const bfloat16* query, Floats sum) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)k, (__m512bh)load(query));
+  }
+  static inline __attribute__((always_inline)) void keep(__m512i slice, bfloat16* query) { _mm512_storeu_si512(query, slice); }
+};
+
+#endif
+
 // Scores of ``TOKENS`` rows of K, each ``shift`` elements behind its address, with ``HEADS`` queries [HEADS, stride] as ``load_query`` laid them
 // out, not scaled: scores[head * scores_stride + token].
 template <class T, int HEADS, int TOKENS>
-INLINE void score_rows(const T* const* rows, int64_t shift, int dim, const float* query, int query_stride, float* scores, int scores_stride) {
+INLINE void score_rows(const T* const* rows, int64_t shift, int ahead, int dim, const typename Dots<T>::Query* query, int query_stride, float* scores, int scores_stride) {
   Floats sums[HEADS][TOKENS] = {};
+  const auto add = [&](int d, auto... count) {
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++) {
+      prefetch_part<SLICE>(rows[t + ahead] + shift + d);
+      const auto k = Dots<T>::load(rows[t] + shift + d, count...);
+#pragma GCC unroll 8
+      for (int h = 0; h < HEADS; h++) sums[h][t] = Dots<T>::add(k, query + h * query_stride + d, sums[h][t]);
+    }
+  };
   int d = 0;
-  for (; d + 2 * LANES <= dim; d += 2 * LANES)
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) {
-      const Two k = load_two(rows[t] + shift + d);
-#pragma GCC unroll 8
-      for (int h = 0; h < HEADS; h++) {
-        sums[h][t] = fma(k.a, load(query + h * query_stride + d), sums[h][t]);
-        sums[h][t] = fma(k.b, load(query + h * query_stride + d + LANES), sums[h][t]);
-      }
-    }
-  if (d + LANES <= dim) {
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) {
-      const Floats k = load(rows[t] + shift + d);
-#pragma GCC unroll 8
-      for (int h = 0; h < HEADS; h++) sums[h][t] = fma(k, load(query + h * query_stride + d), sums[h][t]);
-    }
-    d += LANES;
-  }
-  if (d < dim)
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) {
-      const Floats k = load_part(rows[t] + shift + d, dim - d);
-#pragma GCC unroll 8
-      for (int h = 0; h < HEADS; h++) sums[h][t] = fma(k, load(query + h * query_stride + d), sums[h][t]);
-    }
+  for (; d + SLICE <= dim; d += SLICE) add(d);
+  if (d < dim) add(d, dim - d);
 #pragma GCC unroll 8
   for (int h = 0; h < HEADS; h++) {
     if constexpr (TOKENS % 4 == 0) {
@@ -81,13 +115,14 @@ INLINE void score_rows(const T* const* rows, int64_t shift, int dim, const float
 
 // value[head, d .. d + WIDTH registers) += weights[head, t] * row t, for ``count`` rows of V; in the order of ``load_two`` where WIDTH is not 1.
 template <class T, int HEADS, int WIDTH>
-INLINE void weigh_rows(const T* const* rows, int64_t shift, int count, int d, const float* weights, int weights_stride, float* value, int value_stride) {
+INLINE void weigh_rows(const T* const* rows, int64_t shift, int ahead, int count, int d, const float* weights, int weights_stride, float* value, int value_stride) {
   Floats sums[HEADS][WIDTH];
 #pragma GCC unroll 8
   for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 8
     for (int w = 0; w < WIDTH; w++) sums[h][w] = load(value + h * value_stride + d + w * LANES);
   for (int t = 0; t < count; t++) {
+    prefetch_part<WIDTH * LANES>(rows[t + ahead] + shift + d);
     Floats weight[HEADS];
 #pragma GCC unroll 8
     for (int h = 0; h < HEADS; h++) weight[h] = splat(weights[h * weights_stride + t]);
@@ -114,12 +149,12 @@ INLINE void weigh_rows(const T* const* rows, int64_t shift, int count, int d, co
 }
 
 template <class T, int HEADS>
-INLINE void weigh_batch(const T* const* rows, int64_t shift, int count, int dim, const float* weights, int weights_stride, float* value, int value_stride) {
-  constexpr int WIDTH = HEADS == 1 ? 8 : HEADS == 2 ? 4 : HEADS == 3 ? 4 : 2;
+INLINE void weigh_batch(const T* const* rows, int64_t shift, int ahead, int count, int dim, const float* weights, int weights_stride, float* value, int value_stride) {
+  constexpr int WIDTH = HEADS == 1 ? 8 : HEADS == 2 ? 4 : HEADS == 3 ? 4 : LANES == 16 ? 4 : 2;
   int d = 0;
-  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) weigh_rows<T, HEADS, WIDTH>(rows, shift, count, d, weights, weights_stride, value, value_stride);
-  for (; d + 2 * LANES <= dim; d += 2 * LANES) weigh_rows<T, HEADS, 2>(rows, shift, count, d, weights, weights_stride, value, value_stride);
-  for (; d + LANES <= dim; d += LANES) weigh_rows<T, HEADS, 1>(rows, shift, count, d, weights, weights_stride, value, value_stride);
+  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) weigh_rows<T, HEADS, WIDTH>(rows, shift, ahead, count, d, weights, weights_stride, value, value_stride);
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) weigh_rows<T, HEADS, 2>(rows, shift, ahead, count, d, weights, weights_stride, value, value_stride);
+  for (; d + LANES <= dim; d += LANES) weigh_rows<T, HEADS, 1>(rows, shift, ahead, count, d, weights, weights_stride, value, value_stride);
   if (d < dim)
     for (int h = 0; h < HEADS; h++) {
       Floats total = load(value + h * value_stride + d);
@@ -153,77 +188,67 @@ INLINE float finish_scores(float* scores, int begin, int end, int columns, const
 
 // One run of positions of some queries, up to four, of one K/V head.
 struct Run {
-  int from, count;         // positions
-  int head, row, left;     // K/V head, first query, queries of the head from it on
-  int distance, prefetch;  // from a row to the one to prefetch, and rows of the run that have such a one
+  int from, count;      // positions
+  int head, row, left;  // K/V head, first query, queries of the head from it on
+  int ahead;            // from a row to the one to prefetch
 };
 
-// Calls ``work`` for each run of ``count`` positions, which ``more`` rows of interest follow.
+// Calls ``work`` for each run of ``count`` positions.
 template <class F>
-INLINE void each_run(int count, int more, int heads, int group, F&& work) {
-  const int length = heads > 1 ? TURN : RUN, distance = heads > 1 ? TURN : AHEAD;
-  for (int from = 0; from < count; from += length) {
-    const int some = count - from < length ? count - from : length, behind = count + more - from - distance;
+INLINE void each_run(int count, int heads, int group, F&& work) {
+  const int length = heads > 1 ? TURN : RUN, ahead = heads > 1 ? TURN : AHEAD;
+  for (int from = 0; from < count; from += length)
     for (int head = 0; head < heads; head++)
-      for (int h = 0; h < group; h += 4) work(Run{from, some, head, head * group + h, group - h, distance, h ? 0 : behind < some ? behind : some});
-  }
+      for (int h = 0; h < group; h += 4) work(Run{from, std::min(count - from, length), head, head * group + h, group - h, h ? 0 : ahead});
 }
 
 template <class T, int HEADS>
-static void score_run(const Run& run, const T* const* rows, int64_t shift, int dim, const float* query, float* scores) {
-  constexpr int TOKENS = HEADS == 1 ? 8 : HEADS == 4 ? 2 : 4;
-  const int stride = round_up(dim, LANES);
+static void score_run(const Run& run, const T* const* rows, int64_t shift, int dim, const typename Dots<T>::Query* query, float* scores) {
+  constexpr int TOKENS = HEADS == 1 ? 8 : HEADS == 4 && LANES < 16 ? 2 : 4;
+  const int stride = round_up(dim, SLICE);
   int t = 0;
-  for (; t + TOKENS <= run.count; t += TOKENS) {
-    for (int i = t; i < t + TOKENS && i < run.prefetch; i++) prefetch_row(rows[i + run.distance] + shift, dim);
-    score_rows<T, HEADS, TOKENS>(rows + t, shift, dim, query, stride, scores + t, STRIDE);
-  }
-  for (; t < run.count; t++) score_rows<T, HEADS, 1>(rows + t, shift, dim, query, stride, scores + t, STRIDE);
+  for (; t + TOKENS <= run.count; t += TOKENS) score_rows<T, HEADS, TOKENS>(rows + t, shift, run.ahead, dim, query, stride, scores + t, STRIDE);
+  for (; t < run.count; t++) score_rows<T, HEADS, 1>(rows + t, shift, run.ahead, dim, query, stride, scores + t, STRIDE);
 }
 
 template <class T, int HEADS>
 static void weigh_run(const Run& run, const T* const* rows, int64_t shift, int dim, const float* weights, float* value, int value_stride) {
-  for (int i = 0; i < run.prefetch; i++) prefetch_row(rows[i + run.distance] + shift, dim);
-  weigh_batch<T, HEADS>(rows, shift, run.count, dim, weights, STRIDE, value, value_stride);
+  weigh_batch<T, HEADS>(rows, shift, run.ahead, run.count, dim, weights, STRIDE, value, value_stride);
 }
 
 INLINE size_t row_scratch(const Step& step) {
-  const int dim = round_up(step.key_dim, LANES);
-  return step.group() * heads_at_once(step) * (size_t)(dim + STRIDE) * sizeof(float) + 2 * PART * sizeof(void*) + 256;
+  const int dim = round_up(step.key_dim, SLICE);
+  return step.group() * heads_at_once(step) * (size_t)(dim + STRIDE) * sizeof(float) + (2 * PART + AHEAD) * sizeof(void*) + 256;
 }
 
-// A query as float32, padded with zeros to whole registers, in the order of ``load_two``.
+// A query as products with it are made of it.
 template <class T>
-INLINE void load_query(const T* query, int dim, float* out) {
+INLINE void load_query(const T* query, int dim, typename Dots<T>::Query* out) {
   int d = 0;
-  for (; d + 2 * LANES <= dim; d += 2 * LANES) {
-    const Two q = load_two(query + d);
-    store(out + d, q.a);
-    store(out + d + LANES, q.b);
-  }
-  for (; d < dim; d += LANES) store(out + d, d + LANES <= dim ? load(query + d) : load_part(query + d, dim - d));
+  for (; d + SLICE <= dim; d += SLICE) Dots<T>::keep(Dots<T>::load(query + d), out + d);
+  if (d < dim) Dots<T>::keep(Dots<T>::load(query + d, dim - d), out + d);
 }
 
 // One decode's rows of some K/V heads over the item's positions; the sums are left in ``sums``.
 template <class T>
 static void attend_rows(const Step& step, const Item& item, float* scratch, Sums sums) {
-  const int group = step.group(), heads = item.heads, count = item.high - item.low, dim = round_up(step.key_dim, LANES);
+  const int group = step.group(), heads = item.heads, count = item.high - item.low, dim = round_up(step.key_dim, SLICE);
   const T** key_rows = (const T**)scratch;
   const T** value_rows = key_rows + count;  // right behind, so that the first are prefetched while the last rows of K are in use
-  float* query = (float*)(key_rows + 2 * PART);
-  float* scores = query + item.num_rows * dim;
+  float* scores = (float*)(key_rows + 2 * PART + AHEAD);
+  auto* query = (typename Dots<T>::Query*)(scores + item.num_rows * STRIDE);
   const int32_t* table = step.tables + item.seq * step.table_stride;
   row_addresses(key_rows, step.key, step.key_stride, step, table, item.kv_head, item.low, item.high);
+  for (int head = 0; head < heads; head++)  // what nothing before has asked for
+    for (int t = 0; t < std::min(count, heads > 1 ? TURN : AHEAD); t++) prefetch_row(key_rows[t] + head * step.key_stride[1], step.key_dim);
   row_addresses(value_rows, step.value, step.value_stride, step, table, item.kv_head, item.low, item.high);
+  std::fill_n(value_rows + count, AHEAD, value_rows[count - 1]);  // nothing more to prefetch
   const T* source = (const T*)step.query + step.cu_seqlens_q[item.seq] * step.query_stride[0];
-  for (int r = 0; r < item.num_rows; r++) {
-    const T* head = source + (item.kv_head * group + r) * step.query_stride[1];
-    load_query(head, step.key_dim, query + r * dim);
-  }
-  each_run(count, count, heads, group, [&](const Run& run) {
+  for (int r = 0; r < item.num_rows; r++) load_query(source + (item.kv_head * group + r) * step.query_stride[1], step.key_dim, query + r * dim);
+  each_run(count, heads, group, [&](const Run& run) {
     const T* const* rows = key_rows + run.from;
     const int64_t shift = run.head * step.key_stride[1];
-    const float* q = query + run.row * dim;
+    const auto* q = query + run.row * dim;
     float* x = scores + run.row * STRIDE + run.from;
     switch (run.left) {
       case 1: return score_run<T, 1>(run, rows, shift, step.key_dim, q, x);
@@ -246,7 +271,7 @@ static void attend_rows(const Step& step, const Item& item, float* scratch, Sums
     sums.sum[r] = sum(total);
     memset(sums.value + r * sums.stride, 0, sums.stride * sizeof(float));
   }
-  each_run(count, 0, heads, group, [&](const Run& run) {
+  each_run(count, heads, group, [&](const Run& run) {
     const T* const* rows = value_rows + run.from;
     const int64_t shift = run.head * step.value_stride[1];
     const float* x = scores + run.row * STRIDE + run.from;
