@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 import torch
 from agreement import Agreement
@@ -25,11 +26,14 @@ from generators.loop import Setup
 from models_by_name import model_files
 from workloads import NAMES, Workload, reworded, workload
 
+REST_S = 3.0
+
 NOTES = (
     "Spread: median (5th..95th percentile). Ratios are the median over rounds of the ratio within a round, since a round's runs follow each"
     " other under the same load; above 1 is in favour of pagedkv.",
     "CPU s: of the contestant's processes. Others: cores that all other processes, and the host of a virtual machine, took meanwhile: the"
     " median over rounds and the most. Where it is not near 0, the seconds are those of a disturbed machine.",
+    f"Before each answer {REST_S:g} seconds pass: threads of the one before look for more work for a while, and would take its time.",
     "Not timed: loading, and one round before the others, in which those with several settings (batch sizes, page sizes) try each once and"
     " keep the fastest. Every round has the same lengths with other tokens, so that no prefix cache serves an earlier round.",
     "Other tokens: places where the last round's tokens differ from pagedkv's. In float32 they should not, but for ties that rounding"
@@ -106,6 +110,7 @@ def _contest(report: Report, work: Workload, field: Sequence[Party], *, repeats:
         for name in turns(list(records), number):
             record = records[name]
             if record.error is None:
+                sleep(REST_S)
                 try:
                     record.answers.append(record.contestant.answer(wording))
                 except FailedError as error:
