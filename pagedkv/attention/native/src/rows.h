@@ -193,10 +193,13 @@ struct Run {
   int ahead;            // from a row to the one to prefetch
 };
 
+// From the row in use to the one that is prefetched there.
+INLINE int rows_ahead(int heads) { return heads > 1 ? TURN : AHEAD; }
+
 // Calls ``work`` for each run of ``count`` positions.
 template <class F>
 INLINE void each_run(int count, int heads, int group, F&& work) {
-  const int length = heads > 1 ? TURN : RUN, ahead = heads > 1 ? TURN : AHEAD;
+  const int length = heads > 1 ? TURN : RUN, ahead = rows_ahead(heads);
   for (int from = 0; from < count; from += length)
     for (int head = 0; head < heads; head++)
       for (int h = 0; h < group; h += 4) work(Run{from, std::min(count - from, length), head, head * group + h, group - h, h ? 0 : ahead});
@@ -240,7 +243,7 @@ static void attend_rows(const Step& step, const Item& item, float* scratch, Sums
   const int32_t* table = step.tables + item.seq * step.table_stride;
   row_addresses(key_rows, step.key, step.key_stride, step, table, item.kv_head, item.low, item.high);
   for (int head = 0; head < heads; head++)  // what nothing before has asked for
-    for (int t = 0; t < std::min(count, heads > 1 ? TURN : AHEAD); t++) prefetch_row(key_rows[t] + head * step.key_stride[1], step.key_dim);
+    for (int t = 0; t < std::min(count, rows_ahead(heads)); t++) prefetch_row(key_rows[t] + head * step.key_stride[1], step.key_dim);
   row_addresses(value_rows, step.value, step.value_stride, step, table, item.kv_head, item.low, item.high);
   std::fill_n(value_rows + count, AHEAD, value_rows[count - 1]);  // nothing more to prefetch
   const T* source = (const T*)step.query + step.cu_seqlens_q[item.seq] * step.query_stride[0];
