@@ -34,11 +34,11 @@ static void write_rows(const Step& step, int seq, int kv_head, int first_row, in
 INLINE Sums sums_at(const Step& step, float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows, sums_stride(step)}; }
 
 template <class T>
-static void run_item(const Step& step, const Item& item, float* scratch, float* partials, int64_t partial_rows) {
+static void run_item(const Step& step, const Item& item, const Item* next, bool is_asked, float* scratch, float* partials, int64_t partial_rows) {
   const size_t head = partial_floats(step, tile_rows(step));
   float* place = item.partial < 0 ? scratch : partials + partial_floats(step, partial_rows) * item.partial;
   const Sums sums = sums_at(step, place, item.num_rows);
-  if (item.heads) attend_few<T>(step, item, scratch + head, sums);
+  if (item.heads) attend_few<T>(step, item, next, is_asked, scratch + head, sums);
   else attend_many<T>(step, item, scratch + head, sums);
   if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, item.heads, sums);
 }
@@ -81,6 +81,11 @@ INLINE bool is_worth_threads(const Step& step, const Item* items, int64_t num_it
 template <class T>
 static void attend_all(const Step& step, const Item* items, const Merge* merges, const Counts& counts, float* scratch, const Share& share) {
   float* mine = scratch + (partial_floats(step, counts.partial_rows) * counts.partials + 15) / 16 * 16 + thread_floats(step) * share.part;
-  share.each(counts.items, [&](int64_t i) { run_item<T>(step, items[i], mine, scratch, counts.partial_rows); });
+  const Item* asked = nullptr;  // of whose rows the first are on their way
+  share.each_with_next(counts.items, [&](int64_t i, int64_t after) {
+    const Item* next = items[i].heads && after < counts.items && items[after].heads ? items + after : nullptr;
+    run_item<T>(step, items[i], next, asked == items + i, mine, scratch, counts.partial_rows);
+    asked = next;
+  });
   if (counts.merges) share.each(counts.merges, [&](int64_t i) { run_merge<T>(step, merges[i], scratch, counts.partial_rows); });
 }

@@ -249,10 +249,10 @@ INLINE size_t decode_scratch(const Step& step) {
 }
 
 template <class T>
-INLINE void attend_few(const Step& step, const Item& item, float* memory, Sums sums) {
+INLINE void attend_few(const Step& step, const Item& item, const Item* next, bool is_asked, float* memory, Sums sums) {
 #if defined(PAIR_ROWS)
   if constexpr (std::is_same<T, bfloat16>::value)
     if (rows_fit_tiles(step)) return attend_pair_rows(step, item, memory, sums);
 #endif
-  attend_rows<T>(step, item, memory, sums);
+  attend_rows<T>(step, item, next, is_asked, memory, sums);
 }

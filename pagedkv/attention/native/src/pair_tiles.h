@@ -15,6 +15,7 @@
 constexpr int PAIR_TILE_ROWS = 512;  // for which K and V are packed once
 constexpr int MOST_PACKED = 512;     // positions whose K and V are packed at once
 constexpr int LEAST_TOGETHER = 64;   // positions whose scores are in use at once
+constexpr int PACKED_AHEAD = 24;     // rows of K between the one that is packed and the one that is prefetched
 
 #if defined(PAIRS)
 
@@ -45,7 +46,7 @@ INLINE void pack_queries(const bfloat16* const* rows, int num_rows, int dim, int
 // K to panels [width / DEPTH][columns][DEPTH].
 INLINE void pack_keys(const bfloat16* const* rows, int columns, int dim, int width, bfloat16* out, size_t panel) {
   for (int t = 0; t < columns; t++, out += DEPTH) {
-    if (t + AHEAD < columns) prefetch_row(rows[t + AHEAD], dim);
+    if (t + PACKED_AHEAD < columns) prefetch_row(rows[t + PACKED_AHEAD], dim);
     for (int d = 0; d < width; d += DEPTH) _mm512_storeu_si512(out + d / DEPTH * panel, _mm512_maskz_loadu_epi16(within(dim - d), rows[t] + d));
   }
 }

@@ -1,6 +1,6 @@
 // Decodes: few rows over many positions. K and V are read once, in place, row by row; blocks are scattered in memory, so the rows ahead
-// are prefetched by software: the hardware's prefetcher stops at every block. Each line is asked for while the one that lies as far behind it is in
-// use: where many are asked for at once, the processor's few slots for lines on their way are full, and it waits before it goes on multiplying.
+// are prefetched by software: the hardware's prefetcher stops at every block. Each line is asked for beside the arithmetic of another, and more than
+// once: a processor forgets what it is asked for while all its slots for lines on their way are taken (Zen 5 one in eight of 48 lines at once).
 #pragma once
 
 #include <algorithm>
@@ -11,10 +11,11 @@
 
 constexpr int PART = 256;  // positions that are summed up at once; longer sequences are cut at its multiples, whatever else is in the batch
 constexpr int STRIDE = PART + LANES;  // of scores, from query to query
-constexpr int TURN = 16;   // positions of one head before the next head's turn
-constexpr int RUN = 32;    // the same where one head is read alone: for so long sums stay in registers
-constexpr int AHEAD = 24;  // and rows between the one in use and the one that is prefetched there; with turns it is the next turn's
-static_assert(TURN <= AHEAD, "as many addresses stand behind the last");
+constexpr int TURN = 16;  // positions of one head before the next head's turn
+constexpr int RUN = 32;   // the same where one head is read alone: for so long sums stay in registers
+constexpr int ASKS = LANES == 16 ? 4 : 2;  // for each line, evenly over the way; they cost less than they give as long as the arithmetic has time left
+constexpr int AHEAD_NBYTES = 20480, MOST_AHEAD = 64;  // from what is in use to what is asked for first; and in rows of each head
+constexpr int ADDRESSES = 2 * PART + MOST_AHEAD + 8;  // of an item's rows and the next one's first; whole lines of the cache
 constexpr int NEAR_NBYTES = 8192;  // of one head in a block: below, several heads take turns, so that more is read that lies side by side
 constexpr int SLICE = 2 * LANES;   // elements of K that are multiplied at once
 
@@ -41,11 +42,30 @@ INLINE void prefetch_row(const T* row, int dim) {
   for (int byte = 0; byte < dim * (int)sizeof(T); byte += 64) __builtin_prefetch((const char*)row + byte, 0, 3);
 }
 
-// The lines of COUNT elements, of which some may be behind a row's end. The hint: they are read once, and need no place in the outer caches.
+// Which rows are asked for while one is in use: ``first`` rows behind it, and again where they are some ``step`` nearer.
+struct Leads {
+  int first = 0, step = 0;  // none where the row has been in use before
+};
+
+template <class T>
+INLINE Leads leads_of(int heads, int dim) {
+  const int step = std::max(TURN, AHEAD_NBYTES / (heads * dim * (int)sizeof(T))) / ASKS;
+  return {ASKS * std::min(step, MOST_AHEAD / ASKS), std::min(step, MOST_AHEAD / ASKS)};
+}
+
+// Asks for the lines of COUNT elements from ``d`` on, of which some may be behind a row's end; parts of one line share what is asked for it.
+// The hint: they are read once, and need no place in the outer caches.
 template <int COUNT, class T>
-INLINE void prefetch_part(const T* p) {
+INLINE void prefetch_part(const T* const* rows, const Leads& leads, int64_t shift, int d) {
+  constexpr int NBYTES = COUNT * sizeof(T), PARTS = NBYTES < 64 ? 64 / NBYTES : 1, NUM_ASKS = std::max(1, ASKS / PARTS);
+  const int ask = PARTS == 1 ? 0 : d / COUNT % PARTS * NUM_ASKS;
+  if (leads.first == 0 || ask >= ASKS) return;
 #pragma GCC unroll 8
-  for (size_t byte = 0; byte < COUNT * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + byte, 0, 0);
+  for (int i = 0; i < NUM_ASKS; i++) {
+    const char* p = (const char*)(rows[leads.first - (ask + i) * leads.step] + shift + d);
+#pragma GCC unroll 8
+    for (int byte = 0; byte < NBYTES; byte += 64) __builtin_prefetch(p + byte, 0, 0);
+  }
 }
 
 // Products of slices of K and of queries, summed up in lanes; and how queries are kept for them, padded with zeros to whole slices.
@@ -87,12 +107,12 @@ struct Dots<bfloat16> {
 // Scores of ``TOKENS`` rows of K, each ``shift`` elements behind its address, with ``HEADS`` queries [HEADS, stride] as ``load_query`` laid them
 // out, not scaled: scores[head * scores_stride + token].
 template <class T, int HEADS, int TOKENS>
-INLINE void score_rows(const T* const* rows, int64_t shift, int ahead, int dim, const typename Dots<T>::Query* query, int query_stride, float* scores, int scores_stride) {
+INLINE void score_rows(const T* const* rows, int64_t shift, const Leads& leads, int dim, const typename Dots<T>::Query* query, int query_stride, float* scores, int scores_stride) {
   Floats sums[HEADS][TOKENS] = {};
   const auto add = [&](int d, auto... count) {
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) {
-      prefetch_part<SLICE>(rows[t + ahead] + shift + d);
+      prefetch_part<SLICE>(rows + t, leads, shift, d);
       const auto k = Dots<T>::load(rows[t] + shift + d, count...);
 #pragma GCC unroll 8
       for (int h = 0; h < HEADS; h++) sums[h][t] = Dots<T>::add(k, query + h * query_stride + d, sums[h][t]);
@@ -115,14 +135,14 @@ INLINE void score_rows(const T* const* rows, int64_t shift, int ahead, int dim, 
 
 // value[head, d .. d + WIDTH registers) += weights[head, t] * row t, for ``count`` rows of V; in the order of ``load_two`` where WIDTH is not 1.
 template <class T, int HEADS, int WIDTH>
-INLINE void weigh_rows(const T* const* rows, int64_t shift, int ahead, int count, int d, const float* weights, int weights_stride, float* value, int value_stride) {
+INLINE void weigh_rows(const T* const* rows, int64_t shift, const Leads& leads, int count, int d, const float* weights, int weights_stride, float* value, int value_stride) {
   Floats sums[HEADS][WIDTH];
 #pragma GCC unroll 8
   for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 8
     for (int w = 0; w < WIDTH; w++) sums[h][w] = load(value + h * value_stride + d + w * LANES);
   for (int t = 0; t < count; t++) {
-    prefetch_part<WIDTH * LANES>(rows[t + ahead] + shift + d);
+    prefetch_part<WIDTH * LANES>(rows + t, leads, shift, d);
     Floats weight[HEADS];
 #pragma GCC unroll 8
     for (int h = 0; h < HEADS; h++) weight[h] = splat(weights[h * weights_stride + t]);
@@ -149,12 +169,12 @@ INLINE void weigh_rows(const T* const* rows, int64_t shift, int ahead, int count
 }
 
 template <class T, int HEADS>
-INLINE void weigh_batch(const T* const* rows, int64_t shift, int ahead, int count, int dim, const float* weights, int weights_stride, float* value, int value_stride) {
+INLINE void weigh_batch(const T* const* rows, int64_t shift, const Leads& leads, int count, int dim, const float* weights, int weights_stride, float* value, int value_stride) {
   constexpr int WIDTH = HEADS == 1 ? 8 : HEADS == 2 ? 4 : HEADS == 3 ? 4 : LANES == 16 ? 4 : 2;
   int d = 0;
-  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) weigh_rows<T, HEADS, WIDTH>(rows, shift, ahead, count, d, weights, weights_stride, value, value_stride);
-  for (; d + 2 * LANES <= dim; d += 2 * LANES) weigh_rows<T, HEADS, 2>(rows, shift, ahead, count, d, weights, weights_stride, value, value_stride);
-  for (; d + LANES <= dim; d += LANES) weigh_rows<T, HEADS, 1>(rows, shift, ahead, count, d, weights, weights_stride, value, value_stride);
+  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) weigh_rows<T, HEADS, WIDTH>(rows, shift, leads, count, d, weights, weights_stride, value, value_stride);
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) weigh_rows<T, HEADS, 2>(rows, shift, leads, count, d, weights, weights_stride, value, value_stride);
+  for (; d + LANES <= dim; d += LANES) weigh_rows<T, HEADS, 1>(rows, shift, leads, count, d, weights, weights_stride, value, value_stride);
   if (d < dim)
     for (int h = 0; h < HEADS; h++) {
       Floats total = load(value + h * value_stride + d);
@@ -190,38 +210,43 @@ INLINE float finish_scores(float* scores, int begin, int end, int columns, const
 struct Run {
   int from, count;      // positions
   int head, row, left;  // K/V head, first query, queries of the head from it on
-  int ahead;            // from a row to the one to prefetch
+  Leads leads;          // to rows that are asked for
 };
 
-// From the row in use to the one that is prefetched there.
-INLINE int rows_ahead(int heads) { return heads > 1 ? TURN : AHEAD; }
+// Asks for the first line of what the next run asks for: the processor has to look up where a page lies, and forgets less of the rest if it knows.
+template <class T>
+INLINE void find_page(const Run& run, const T* const* rows, int64_t shift) {
+  __builtin_prefetch(rows[run.count + run.leads.first] + shift, 0, 0);
+}
 
 // Calls ``work`` for each run of ``count`` positions.
 template <class F>
-INLINE void each_run(int count, int heads, int group, F&& work) {
-  const int length = heads > 1 ? TURN : RUN, ahead = rows_ahead(heads);
+INLINE void each_run(int count, int heads, int group, const Leads& leads, F&& work) {
+  const int length = heads > 1 ? TURN : RUN;
   for (int from = 0; from < count; from += length)
     for (int head = 0; head < heads; head++)
-      for (int h = 0; h < group; h += 4) work(Run{from, std::min(count - from, length), head, head * group + h, group - h, h ? 0 : ahead});
+      for (int h = 0; h < group; h += 4) work(Run{from, std::min(count - from, length), head, head * group + h, group - h, h ? Leads() : leads});
 }
 
 template <class T, int HEADS>
 static void score_run(const Run& run, const T* const* rows, int64_t shift, int dim, const typename Dots<T>::Query* query, float* scores) {
+  find_page(run, rows, shift);
   constexpr int TOKENS = HEADS == 1 ? 8 : HEADS == 4 && LANES < 16 ? 2 : 4;
   const int stride = round_up(dim, SLICE);
   int t = 0;
-  for (; t + TOKENS <= run.count; t += TOKENS) score_rows<T, HEADS, TOKENS>(rows + t, shift, run.ahead, dim, query, stride, scores + t, STRIDE);
-  for (; t < run.count; t++) score_rows<T, HEADS, 1>(rows + t, shift, run.ahead, dim, query, stride, scores + t, STRIDE);
+  for (; t + TOKENS <= run.count; t += TOKENS) score_rows<T, HEADS, TOKENS>(rows + t, shift, run.leads, dim, query, stride, scores + t, STRIDE);
+  for (; t < run.count; t++) score_rows<T, HEADS, 1>(rows + t, shift, run.leads, dim, query, stride, scores + t, STRIDE);
 }
 
 template <class T, int HEADS>
 static void weigh_run(const Run& run, const T* const* rows, int64_t shift, int dim, const float* weights, float* value, int value_stride) {
-  weigh_batch<T, HEADS>(rows, shift, run.ahead, run.count, dim, weights, STRIDE, value, value_stride);
+  find_page(run, rows, shift);
+  weigh_batch<T, HEADS>(rows, shift, run.leads, run.count, dim, weights, STRIDE, value, value_stride);
 }
 
 INLINE size_t row_scratch(const Step& step) {
   const int dim = round_up(step.key_dim, SLICE);
-  return step.group() * heads_at_once(step) * (size_t)(dim + STRIDE) * sizeof(float) + (2 * PART + AHEAD) * sizeof(void*) + 256;
+  return step.group() * heads_at_once(step) * (size_t)(dim + STRIDE) * sizeof(float) + ADDRESSES * sizeof(void*) + 256;
 }
 
 // A query as products with it are made of it.
@@ -232,23 +257,31 @@ INLINE void load_query(const T* query, int dim, typename Dots<T>::Query* out) {
   if (d < dim) Dots<T>::keep(Dots<T>::load(query + d, dim - d), out + d);
 }
 
-// One decode's rows of some K/V heads over the item's positions; the sums are left in ``sums``.
+// One decode's rows of some K/V heads over the item's positions; the sums are left in ``sums``. ``next`` is what this thread does then, if it is
+// known and a decode, too: its first rows are asked for here; ``is_asked`` says that the item before did so for this one.
 template <class T>
-static void attend_rows(const Step& step, const Item& item, float* scratch, Sums sums) {
+static void attend_rows(const Step& step, const Item& item, const Item* next, bool is_asked, float* scratch, Sums sums) {
   const int group = step.group(), heads = item.heads, count = item.high - item.low, dim = round_up(step.key_dim, SLICE);
+  const Leads leads = leads_of<T>(heads, step.key_dim);
   const T** key_rows = (const T**)scratch;
-  const T** value_rows = key_rows + count;  // right behind, so that the first are prefetched while the last rows of K are in use
-  float* scores = (float*)(key_rows + 2 * PART + AHEAD);
+  const T** value_rows = key_rows + count;  // each right behind the other, and so they are asked for
+  const T** next_rows = value_rows + count;
+  float* scores = (float*)(key_rows + ADDRESSES);
   auto* query = (typename Dots<T>::Query*)(scores + item.num_rows * STRIDE);
-  const int32_t* table = step.tables + item.seq * step.table_stride;
-  row_addresses(key_rows, step.key, step.key_stride, step, table, item.kv_head, item.low, item.high);
-  for (int head = 0; head < heads; head++)  // what nothing before has asked for
-    for (int t = 0; t < std::min(count, rows_ahead(heads)); t++) prefetch_row(key_rows[t] + head * step.key_stride[1], step.key_dim);
-  row_addresses(value_rows, step.value, step.value_stride, step, table, item.kv_head, item.low, item.high);
-  std::fill_n(value_rows + count, AHEAD, value_rows[count - 1]);  // nothing more to prefetch
+  const auto find = [&](const T** rows, const void* base, const int64_t* stride, const Item& where, int num_rows) {
+    row_addresses(rows, base, stride, step, step.tables + where.seq * step.table_stride, where.kv_head, where.low, where.low + num_rows);
+  };
+  find(key_rows, step.key, step.key_stride, item, count);
+  find(value_rows, step.value, step.value_stride, item, count);
+  const int known = next ? std::min(leads.first + 1, next->high - next->low) : 0;
+  if (next) find(next_rows, step.key, step.key_stride, *next, known);
+  std::fill_n(next_rows + known, leads.first + 1 - known, next_rows[known - 1]);
+  if (!is_asked)
+    for (int t = 0; t < std::min(count, leads.step); t++)
+      for (int head = 0; head < heads; head++) prefetch_row(key_rows[t] + head * step.key_stride[1], step.key_dim);
   const T* source = (const T*)step.query + step.cu_seqlens_q[item.seq] * step.query_stride[0];
   for (int r = 0; r < item.num_rows; r++) load_query(source + (item.kv_head * group + r) * step.query_stride[1], step.key_dim, query + r * dim);
-  each_run(count, heads, group, [&](const Run& run) {
+  each_run(count, heads, group, leads, [&](const Run& run) {
     const T* const* rows = key_rows + run.from;
     const int64_t shift = run.head * step.key_stride[1];
     const auto* q = query + run.row * dim;
@@ -274,7 +307,7 @@ static void attend_rows(const Step& step, const Item& item, float* scratch, Sums
     sums.sum[r] = sum(total);
     memset(sums.value + r * sums.stride, 0, sums.stride * sizeof(float));
   }
-  each_run(count, heads, group, [&](const Run& run) {
+  each_run(count, heads, group, leads, [&](const Run& run) {
     const T* const* rows = value_rows + run.from;
     const int64_t shift = run.head * step.value_stride[1];
     const float* x = scores + run.row * STRIDE + run.from;

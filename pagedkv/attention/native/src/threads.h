@@ -68,11 +68,17 @@ class Share {
   // Pieces that are not alike, one at a time to whoever is free; then waits for the others.
   template <class Work>
   void each(int64_t count, Work work) const {
-    if (parts == 1) {
-      for (int64_t i = 0; i < count; i++) work(i);
-      return;
+    each_with_next(count, [&](int64_t i, int64_t) { work(i); });
+  }
+
+  // The same, and ``work`` is told which is this thread's next, ``count`` or more where none is left.
+  template <class Work>
+  void each_with_next(int64_t count, Work work) const {
+    const auto take = [&](int64_t last) { return parts == 1 ? last + 1 : meeting->take(); };
+    for (int64_t next, i = take(-1); i < count; i = next) {
+      next = take(i);
+      work(i, next);
     }
-    for (int64_t i = meeting->take(); i < count; i = meeting->take()) work(i);
     wait();
   }
 
