@@ -14,7 +14,7 @@ constexpr int STRIDE = PART + LANES;  // of scores, from query to query
 constexpr int TURN = 16;  // positions of one head before the next head's turn
 constexpr int RUN = 32;   // the same where one head is read alone: for so long sums stay in registers
 constexpr int ASKS = LANES == 16 ? 4 : 2;  // for each line, evenly over the way; they cost less than they give as long as the arithmetic has time left
-constexpr int AHEAD_NBYTES = 20480, MOST_AHEAD = 64;  // from what is in use to what is asked for first; and in rows of each head
+constexpr int AHEAD_NBYTES = 24576, MOST_AHEAD = 64;  // from what is in use to what is asked for first; and in rows of each head
 constexpr int ADDRESSES = 2 * PART + MOST_AHEAD + 8;  // of an item's rows and the next one's first; whole lines of the cache
 constexpr int NEAR_NBYTES = 8192;  // of one head in a block: below, several heads take turns, so that more is read that lies side by side
 constexpr int SLICE = 2 * LANES;   // elements of K that are multiplied at once
