@@ -18,6 +18,14 @@ constexpr int CHUNK_ROWS = 256;  // of x, that stay in the cache while a thread'
 // A row's sums of a panel's outputs.
 typedef float PanelSums[2][LANES];
 
+// How weights are asked for that are used once. Without AMX, past the outer caches: what the caller works on between two steps stays there, which
+// makes a step of one stream 8 % shorter.
+#if defined(__AMX_TILE__)
+constexpr int ONCE = 2;
+#else
+constexpr int ONCE = 0;
+#endif
+
 // The weights that are used next, asked for bit by bit while others are multiplied: a core alone asks for too little memory at a time.
 struct Ahead {
   const Pair* next;
@@ -28,7 +36,10 @@ struct Ahead {
       : next(weight + (num_blocks > 1 ? num_panels * panel_pairs : NEAR)), lines((int)((2 * TILE + num_blocks - 1) / num_blocks)) {}
 
   inline __attribute__((always_inline)) void ask() {
-    for (int line = 0; line < lines; line++, next += LANES) __builtin_prefetch(next, 0, 2);
+    if (lines == 2 * TILE)
+      for (int line = 0; line < 2 * TILE; line++, next += LANES) __builtin_prefetch(next, 0, ONCE);
+    else
+      for (int line = 0; line < lines; line++, next += LANES) __builtin_prefetch(next, 0, 2);
   }
   static constexpr int NEAR = 8 * TILE_PAIRS;
 };
