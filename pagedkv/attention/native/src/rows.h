@@ -186,23 +186,21 @@ INLINE void weigh_batch(const T* const* rows, int64_t shift, const Leads& leads,
 // Scores to logits in base 2, in place: scale, soft cap, slope. Columns outside of [begin, end) become minus infinity, up to ``columns``, a
 // multiple of the lanes. Returns the largest.
 INLINE float finish_scores(float* scores, int begin, int end, int columns, const Step& step, const float* slope, int first_distance) {
-  Floats most = splat(MINUS_INFINITY), lane;
+  const Floats nothing = splat(MINUS_INFINITY), scale = splat(step.softcap > 0 ? step.scale / step.softcap : step.scale * LOG2E);
+  const Floats cap = splat(step.softcap * LOG2E), slant = splat(slope ? *slope * LOG2E : 0.f);
+  Floats most = nothing, lane;
   for (int i = 0; i < LANES; i++) lane[i] = (float)i;
-  const Floats scale = splat(step.softcap > 0 ? step.scale / step.softcap : step.scale * LOG2E);
-  if (step.softcap > 0 || slope) {
-    const Floats cap = splat(step.softcap * LOG2E), slant = splat(slope ? *slope * LOG2E : 0.f);
-    for (int t = begin / LANES * LANES; t < end; t += LANES) {
-      Floats x = load(scores + t) * scale;
+  for (int t = 0; t < columns; t += LANES) {
+    Floats x = nothing;
+    if (t + LANES > begin && t < end) {
+      x = load(scores + t) * scale;
       if (step.softcap > 0) x = tanh(x) * cap;
       if (slope) x = fma(slant, splat((float)(first_distance + t)) + lane, x);
-      store(scores + t, x);
+      if (t < begin || t + LANES > end) x = (lane >= splat((float)(begin - t))) & (lane < splat((float)(end - t))) ? x : nothing;
     }
-  } else {
-    for (int t = begin / LANES * LANES; t < end; t += LANES) store(scores + t, load(scores + t) * scale);
+    store(scores + t, x);
+    most = larger(most, x);
   }
-  for (int t = 0; t < begin; t++) scores[t] = MINUS_INFINITY;
-  for (int t = end; t < columns; t++) scores[t] = MINUS_INFINITY;
-  for (int t = 0; t < columns; t += LANES) most = larger(most, load(scores + t));
   return largest(most);
 }
 
