@@ -43,21 +43,36 @@ static void run_item(const Step& step, const Item& item, const Item* next, bool 
   if (item.partial < 0) write_rows<T>(step, item.seq, item.kv_head, item.first_row, item.num_rows, item.heads, sums);
 }
 
+// Puts the sums of a sequence's parts together in those of the first, as many parts at once as there are lanes.
 template <class T>
 static void run_merge(const Step& step, const Merge& merge, float* partials, int64_t partial_rows) {
   const size_t size = partial_floats(step, partial_rows);
-  const Sums into = sums_at(step, partials + size * merge.first_partial, merge.num_rows);
-  for (int p = 1; p < merge.num_partials; p++) {
-    const Sums more = sums_at(step, partials + size * (merge.first_partial + p), merge.num_rows);
-    for (int r = 0; r < merge.num_rows; r++) {
-      const float most = into.most[r] > more.most[r] ? into.most[r] : more.most[r];
-      if (most == MINUS_INFINITY) continue;
-      const float a = exp2(splat(into.most[r] - most))[0], b = exp2(splat(more.most[r] - most))[0];
-      into.sum[r] = into.sum[r] * a + more.sum[r] * b;
-      into.most[r] = most;
-      float *x = into.value + (size_t)r * into.stride, *y = more.value + (size_t)r * into.stride;
-      for (int d = 0; d < into.stride; d += LANES) store(x + d, fma(load(y + d), splat(b), load(x + d) * splat(a)));
+  const auto part = [&](int p) { return sums_at(step, partials + size * (merge.first_partial + p), merge.num_rows); };
+  const Sums into = part(0);
+  for (int r = 0; r < merge.num_rows; r++) {
+    float most = into.most[r], sum = 0;
+    for (int p = 1; p < merge.num_partials; p++) most = std::max(most, part(p).most[r]);
+    if (most == MINUS_INFINITY) continue;
+    float* value = into.value + (size_t)r * into.stride;
+    for (int first = 0; first < merge.num_partials; first += LANES) {
+      const int count = std::min(merge.num_partials - first, LANES);
+      const float* values[LANES];
+      Floats factors = splat(MINUS_INFINITY);
+      for (int i = 0; i < count; i++) {
+        const Sums more = part(first + i);
+        factors[i] = more.most[r] - most;
+        values[i] = more.value + (size_t)r * into.stride;
+      }
+      factors = exp2(factors);
+      for (int i = 0; i < count; i++) sum += part(first + i).sum[r] * factors[i];
+      for (int d = 0; d < into.stride; d += LANES) {
+        Floats total = first ? load(value + d) : Floats{};
+        for (int i = 0; i < count; i++) total = fma(load(values[i] + d), splat(factors[i]), total);
+        store(value + d, total);
+      }
     }
+    into.most[r] = most;
+    into.sum[r] = sum;
   }
   write_rows<T>(step, merge.seq, merge.kv_head, 0, merge.num_rows, merge.heads, into);
 }

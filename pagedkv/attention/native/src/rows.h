@@ -29,11 +29,13 @@ INLINE int heads_at_once(const Step& step) {
 // Addresses of the rows of K or V at positions [low, high).
 template <class T>
 INLINE void row_addresses(const T** rows, const void* base, const int64_t* stride, const Step& step, const int32_t* table, int head, int low, int high) {
-  int block = low / step.block_size, offset = low % step.block_size;
   const T* heads = (const T*)base + head * stride[1];
-  for (int position = low; position < high; block++, offset = 0) {
-    const T* row = heads + table[block] * stride[0] + offset * stride[2];
-    for (; offset < step.block_size && position < high; offset++, position++, row += stride[2]) *rows++ = row;
+  for (int position = low; position < high;) {
+    const int offset = position % step.block_size, count = std::min(step.block_size - offset, high - position);
+    const T* row = heads + table[position / step.block_size] * stride[0] + offset * stride[2];
+    for (int i = 0; i < count; i++) rows[i] = row + i * stride[2];
+    rows += count;
+    position += count;
   }
 }
 
