@@ -94,6 +94,15 @@ def test_attend_latent_heads_of_unequal_width_match_dense_attention(build: str, 
     torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("build", RUNNABLE)
+@pytest.mark.parametrize("scale", [0.2, 2.0])  # all parts of a sequence weigh much; some one does
+def test_attend_decodes_of_many_parts_match_dense_attention(build: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(9)
+    case = make_case(Geometry(2, 2, 32, 40, 16, torch.float32), [1, 1, 1], seq_lens=[4_097, 8_500, 70], generator=generator)
+    options = AttendOptions(Mask.causal(), scale)
+    torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=1e-5, atol=1e-5)
+
+
 LONG_CHUNKS = [
     # query lengths, sequence lengths, mask, widths of K and V: more rows than an item has, more positions than are packed at once
     pytest.param([300, 1], [1300, 1100], Mask.causal(), 64, 64, id="causal"),
