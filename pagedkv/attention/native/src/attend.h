@@ -97,8 +97,9 @@ template <class T>
 static void attend_all(const Step& step, const Item* items, const Merge* merges, const Counts& counts, float* scratch, const Share& share) {
   float* mine = scratch + (partial_floats(step, counts.partial_rows) * counts.partials + 15) / 16 * 16 + thread_floats(step) * share.part;
   const Item* asked = nullptr;  // of whose rows the first are on their way
-  share.each_with_next(counts.items, [&](int64_t i, int64_t after) {
-    const Item* next = items[i].heads && after < counts.items && items[after].heads ? items + after : nullptr;
+  const auto is_decode = [&](int64_t i) { return i >= 0 && i < counts.items && items[i].heads; };
+  share.each_with_next(counts.items, is_decode, [&](int64_t i, int64_t after) {
+    const Item* next = is_decode(i) && is_decode(after) ? items + after : nullptr;
     run_item<T>(step, items[i], next, asked == items + i, mine, scratch, counts.partial_rows);
     asked = next;
   });

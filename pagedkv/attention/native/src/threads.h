@@ -68,15 +68,16 @@ class Share {
   // Pieces that are not alike, one at a time to whoever is free; then waits for the others.
   template <class Work>
   void each(int64_t count, Work work) const {
-    each_with_next(count, [&](int64_t i, int64_t) { work(i); });
+    each_with_next(count, [](int64_t) { return false; }, [&](int64_t i, int64_t) { work(i); });
   }
 
-  // The same, and ``work`` is told which is this thread's next, ``count`` or more where none is left.
-  template <class Work>
-  void each_with_next(int64_t count, Work work) const {
+  // The same, and ``work`` is told what this thread does next: after a piece that ``is_short`` it is taken before that is begun, as long as others find
+  // enough; -1 where it is not known, ``count`` or more where none is left.
+  template <class IsShort, class Work>
+  void each_with_next(int64_t count, IsShort is_short, Work work) const {
     const auto take = [&](int64_t last) { return parts == 1 ? last + 1 : meeting->take(); };
-    for (int64_t next, i = take(-1); i < count; i = next) {
-      next = take(i);
+    for (int64_t i = take(-1), next; i < count; i = next < 0 ? take(i) : next) {
+      next = parts == 1 || (i + 2 * parts < count && is_short(i)) ? take(i) : -1;
       work(i, next);
     }
     wait();
