@@ -51,8 +51,8 @@ struct Leads {
 
 template <class T>
 INLINE Leads leads_of(int heads, int dim) {
-  const int step = std::max(TURN, AHEAD_NBYTES / (heads * dim * (int)sizeof(T))) / ASKS;
-  return {ASKS * std::min(step, MOST_AHEAD / ASKS), std::min(step, MOST_AHEAD / ASKS)};
+  const int step = std::min(MOST_AHEAD, std::max(TURN, AHEAD_NBYTES / (heads * dim * (int)sizeof(T)))) / ASKS;
+  return {ASKS * step, step};
 }
 
 // Asks for the lines of COUNT elements from ``d`` on, of which some may be behind a row's end; parts of one line share what is asked for it.
