@@ -26,9 +26,10 @@ from pagedkv.attention.cpu_backend import CpuBackend
 from pagedkv.attention.native.operations import Operations
 from pagedkv.attention.torch_backend import TorchBackend
 from pagedkv.models.call import ModelCall
+from pagedkv.models.fused_body import FusedBody
 from pagedkv.models.fused_layers import FusedLayer
 from pagedkv.models.linear_products import PackedProduct
-from pagedkv.models.native_layer import NativeLayer
+from pagedkv.models.native_layer import NativeLayer, NativeStack
 from pagedkv.models.replacements import Replacements
 from pagedkv.responses import Completion, Response
 from pagedkv.sampling import Sampler
@@ -43,7 +44,11 @@ KINDS: dict[str, list[tuple[type, str]]] = {
     "planning": [(Scheduler, "plan")],
     "tables and tokens to tensors": [(BatchBuilder, "build")],
     SWAPS: [],
-    "weights still as packed": [(PackedProduct, "usable"), (FusedLayer, "still"), (NativeLayer, "weights")],
+    "layers and weights still what they were": [
+        (PackedProduct, "usable"),
+        *((part, "still") for part in (FusedLayer, FusedBody)),
+        *((part, "weights") for part in (NativeLayer, NativeStack)),
+    ],
     "whole decoder layers": [(CpuBackend, "run_decoders")],
     LINEAR: [],
     ATTENTION: [

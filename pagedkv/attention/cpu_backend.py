@@ -165,7 +165,16 @@ class CpuBackend:
         return output
 
     def run_decoders(
-        self, run: DecoderRun, x: Tensor, cosines: Tensor, sines: Tensor, step: StepAttention, options: AttendOptions, *, num_heads: int
+        self,
+        run: DecoderRun,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        step: StepAttention,
+        options: AttendOptions,
+        *,
+        num_heads: int,
+        keeps_all: bool = True,
     ) -> Tensor:
         """Decoder layers one after the other, with their ``attend_joined``, in one call.
 
@@ -177,9 +186,10 @@ class CpuBackend:
             step: what ``plan`` returned for this step.
             options: mask, scale and variants of all layers.
             num_heads: ``Hq``.
+            keeps_all: whether what each layer makes is wanted, or the last one's only.
 
         Returns:
-            ``[layers, T, H]``, what each layer makes of what the one before it made.
+            ``[layers, T, H]``, what each layer makes of what the one before it made; ``[1, T, H]`` of the last one.
 
         Raises:
             InvalidRequestError: shapes that do not fit the layers, the pools or the step.
@@ -199,7 +209,7 @@ class CpuBackend:
                 f"a layer makes {attended[0]} numbers a token and takes {attended[1]} by the build {attended[2]!r}:"
                 f" of a pool of {pool.dtype} it would be {wanted[0]} and {wanted[1]} by {wanted[2]!r}"
             )
-        output = x.new_empty(len(run.layers), *x.shape)
+        output = x.new_empty(len(run.layers) if keeps_all else 1, *x.shape)
         rows_nbytes = -(-num_tokens * run.row_nbytes // _LINE) * _LINE
         if rows_nbytes + call.scratch_nbytes > self._scratch.numel():
             self._grow(rows_nbytes + call.scratch_nbytes)
@@ -212,6 +222,7 @@ class CpuBackend:
             cosines.data_ptr(),
             sines.data_ptr(),
             output.data_ptr(),
+            keeps_all,
             scratch,
             scratch + rows_nbytes,
         )

@@ -128,7 +128,7 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
         ),
         Finding(
             "fused parts",
-            f"{len(fusion.layers)} whole layers, {len(fusion.modules)} norms and MLPs, the rotation of "
+            f"{len(fusion.layers)} whole layers{' in one call, ' if fusion.body else ', '}{len(fusion.modules)} norms and MLPs, the rotation of "
             f"{', '.join(fusion.rotations) or 'no modeling file'}",
             (fusion.reason,) if fusion.reason else (),
         ),

@@ -22,6 +22,7 @@ from pagedkv.models.native_layer import NativeLayer
 from pagedkv.models.packed_linears import PackedLinear, PackedLinears
 from pagedkv.models.stand_ins import Place, is_plain, stand_in_for
 from pagedkv.models.step import PagedStep
+from pagedkv.models.watches import ModuleWatch
 
 
 def find_layers(
@@ -95,6 +96,7 @@ class FusedLayer:
         parts: its norms and its MLP, which stand in by themselves where the layer cannot.
         places: as those of ``Fused``.
         stand_in: what takes the places during a step.
+        watch: over the layer and what is in it, as they were when they were looked at.
         linears: ids of its linear layers, which need no stand-ins of their own.
         native: the layer as the native library runs it, where its products are of the kind for that; None where they never are.
     """
@@ -114,9 +116,8 @@ class FusedLayer:
         self.stand_in = stand_in_for(module, self._compute)
         mlp, found = parts[2].module, _gated(parts[2])
         owners = (module, attention_module, mlp)
-        self._children = [(owner._modules, key, child) for owner in owners for key, child in owner._modules.items()]
-        inside = [child for _, _, child in self._children if child is not None]
-        self._watched = [(each, type(each), vars(each)) for each in (module, *inside)]
+        inside = [child for owner in owners for child in owner._modules.values() if child is not None]
+        self.watch = ModuleWatch((module, *inside), owners)
         self.linears = frozenset(id(child) for child in inside if isinstance(child, nn.Linear))
         self._attention_module, self._attention, self._operations = attention_module, attention, operations
         self._norms = [(part.module._parameters, vars(part.module), _norm(part)) for part in parts[:2]]
@@ -182,21 +183,7 @@ class FusedLayer:
 
     def still(self) -> bool:
         """Whether the layer and what is in it are what they were when they were looked at, in evaluation mode and without hooks."""
-        # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
-        for modules, key, child in self._children:
-            if modules.get(key) is not child:
-                return False
-        for module, cls, attributes in self._watched:
-            if (
-                type(module) is not cls
-                or attributes["training"]
-                or attributes["_forward_hooks"]
-                or attributes["_forward_pre_hooks"]
-                or "forward" in attributes
-                or attributes.get("_compiled_call_impl") is not None
-            ):
-                return False
-        return True
+        return self.watch.still()
 
     def _compute(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from pagedkv.models.context import active_step
-from pagedkv.models.linear_products import why_not_watched
+from pagedkv.models.watches import why_not_watched
 
 
 @dataclass(frozen=True, slots=True, eq=False)

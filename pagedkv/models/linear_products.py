@@ -12,7 +12,7 @@ dtype, and every packed weight is compared with ``F.linear`` before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,16 @@ from torch import Tensor, nn
 from pagedkv.attention.native.library import Library
 from pagedkv.attention.native.products import Int8Product, PairProduct
 from pagedkv.models.int8_weights import quantised
+from pagedkv.models.watches import TensorWatch, why_not_watched
 
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
 _CHECKED_ROWS = (1, 3, 17)  # the kernel depends on the number of rows: one, a few, more than a register block
 _SEED = 20260102
 # Largest difference from ``F.linear``, relative to the largest result: orders of addition differ, products do not.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-_SAMPLED_NUMBERS = 16
 # Rows up to which weights of eight bits are multiplied as such, by bytes of the dtype in which oneDNN would multiply them. From
 # benchmarks/linear.py: beyond, arithmetic takes longer than reading, and oneDNN's is faster.
 _MOST_INT8_ROWS = {2: 8, 4: 16}
-
-_Parameters = Mapping[str, Tensor | None]  # of one linear, its own dict: attribute access through the module costs more
-_Watched = tuple[_Parameters, str, Tensor, int, int, memoryview, bytes]
 
 
 def why_not_packable(dtype: torch.dtype) -> str | None:
@@ -79,8 +76,7 @@ class PackedProduct:
         reason: why the product cannot be used (any more), or None. It is set, never raised: a layer can always do without.
         nbytes: bytes of the packed copies, without oneDNN's padding; they may be wider than the weights, see ``product_dtype``.
         weight_error: of weights of eight bits, see ``Quantised``; None where the copies are exact.
-        watched: each parameter as it was when it was packed.
-        without_bias: the parameters of those linears that had no bias.
+        watch: over the parameters as they were when they were packed.
         pairs: the product of any number of rows by the native library; None where oneDNN has it.
         most_int8_rows: how few, where ``int8`` is there.
         int8: the product of few rows with weights of eight bits; None where the copies are exact.
@@ -100,8 +96,7 @@ class PackedProduct:
         self.most_int8_rows = 0
         self._last = len(self.linears) - 1
         self._sizes = [linear.out_features for linear in self.linears]
-        self.watched: list[_Watched] = []
-        self.without_bias: list[_Parameters] = []
+        self.watch = TensorWatch(())
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._dtype = torch.float32
@@ -156,16 +151,7 @@ class PackedProduct:
 
     def is_unchanged(self) -> bool:
         """Whether the weights are, as far as is watched, what they were when they were packed."""
-        # Spelled out: this runs for every layer of every step, mostly on memory that the weights drove out of the cache.
-        for parameters in self.without_bias:
-            if parameters.get("bias") is not None:
-                return False
-        for parameters, name, tensor, version, address, sample, before in self.watched:
-            if parameters.get(name) is not tensor or tensor._version != version:
-                return False
-            if tensor.data_ptr() != address or sample.tobytes() != before:
-                return False
-        return True
+        return self.watch.still()
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -212,9 +198,7 @@ class PackedProduct:
         wrong = next(filter(None, map(why_not_watched, [*weights, *(bias for bias in biases if bias is not None)])), None)
         if wrong is not None:
             return wrong
-        owned = [(linear._parameters, name) for linear in self.linears for name in ("weight", "bias")]
-        self.watched = [_watched(owner, name, tensor) for owner, name in owned if (tensor := owner.get(name)) is not None]
-        self.without_bias = [owner for owner, name in owned if owner.get(name) is None]
+        self.watch = TensorWatch([(linear._parameters, name) for linear in self.linears for name in ("weight", "bias")])
         self._sizes = [weight.shape[0] for weight in weights]
         self._dtype = product_dtype(weights[0].dtype)
         merged = weights[0] if self._last == 0 else torch.cat(weights)
@@ -264,33 +248,3 @@ class PackedProduct:
                 if not difference <= bound * largest:  # also when either is NaN
                     return f"the packed {what} of {rows} rows differs from F.linear by {difference:.2g} where the largest is {largest:.2g}"
         return None
-
-
-def why_not_watched(tensor: Tensor) -> str | None:
-    """The reason why changes of a weight could not be seen, or its numbers not packed; None when they can."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        return f"its weights are {tensor.layout} on {tensor.device}"
-    if tensor.dtype not in _BOUNDS:
-        return f"its weights are {tensor.dtype}"
-    if tensor.is_inference():
-        return "its weights were made in inference mode, where torch counts no changes"
-    if not tensor.is_contiguous() or tensor.numel() == 0:
-        return "its weights are not contiguous"
-    return None
-
-
-def _watched(parameters: _Parameters, name: str, tensor: Tensor) -> _Watched:
-    """One parameter as it is when it is packed, to see whether it still is.
-
-    Seen are another object or storage in its place, and every change that torch counts (``_version``). A change in place
-    through ``.data`` is not counted, and merging an adapter is one, so some of the numbers are compared as well.
-    """
-    sample = _sample(tensor.detach())
-    return parameters, name, tensor, tensor._version, tensor.data_ptr(), sample, sample.tobytes()
-
-
-def _sample(tensor: Tensor) -> memoryview:
-    """The bytes of a few numbers in the midst of a contiguous tensor, in its own memory: a look costs 0.1 us, a torch operator 2 us."""
-    start = max(tensor.numel() // 2 - _SAMPLED_NUMBERS, 0)
-    numbers = tensor.view(-1)[start : start + _SAMPLED_NUMBERS]
-    return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers

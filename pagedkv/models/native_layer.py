@@ -13,6 +13,7 @@ from torch import Tensor
 from pagedkv.attention.native.decoder import DecoderLayer, NormWeights
 from pagedkv.models.fused_modules import Norm
 from pagedkv.models.linear_products import PackedProduct
+from pagedkv.models.watches import TensorWatch, ValueWatch
 
 WatchedNorm = tuple[Mapping[str, Tensor | None], dict[str, Any], Norm]
 """The parameters and the attributes of a norm, which may change, and what it was found to be."""
@@ -54,8 +55,7 @@ class NativeLayer:
         self.is_in_place = False
         self.follower: NativeLayer | None = None
         self._weights: DecoderLayer | None = None
-        self._counted: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
-        self._without_bias: list[Mapping[str, Tensor | None]] = []
+        self._watch = TensorWatch(())
         self._read: list[tuple[Tensor, int]] = []
 
     @property
@@ -72,11 +72,21 @@ class NativeLayer:
         weights = self._weights
         if weights is None or not self._is_packed(weights):
             self._weights = weights = self._packed()
-            self._counted = [entry[:4] for product in self._products for entry in product.watched]
-            self._without_bias = [parameters for product in self._products for parameters in product.without_bias]
+            self._watch = TensorWatch.of_all(product.watch for product in self._products)
         if weights is not None:  # what is read as it is, not packed
             self._read = [(norm.weight, norm.weight._version) for norm in weights.norms]
         return weights
+
+    @property
+    def watch(self) -> TensorWatch:
+        """Over all tensors that ``weights`` gave, as they were then."""
+        norms = TensorWatch([(parameters, "weight") for parameters, _, _ in self._norms])
+        return TensorWatch.of_all((self._watch, norms))
+
+    @property
+    def numbers(self) -> list[tuple[Mapping[str, object], str]]:
+        """What else it is computed with: whose attribute, and its name."""
+        return [*((attributes, found.epsilon) for _, attributes, found in self._norms), (self._attributes, self._scale)]
 
     def still(self, weights: DecoderLayer, scale: float) -> bool:
         """Whether nothing that torch counts happened to the layer since ``weights`` gave these, and its scale is the same.
@@ -85,16 +95,15 @@ class NativeLayer:
         """
         if self._weights is not weights or self._attributes[self._scale] != scale:
             return False
-        for parameters, name, tensor, version in self._counted:
-            if parameters.get(name) is not tensor or tensor._version != version:
-                return False
+        if not self._watch.counted():
+            return False
         for place, (parameters, attributes, found) in enumerate(self._norms):
             tensor, version = self._read[place]
             if parameters.get("weight") is not tensor or tensor._version != version:
                 return False
             if attributes.get(found.epsilon) != weights.norms[place].epsilon:
                 return False
-        return not any(parameters.get("bias") is not None for parameters in self._without_bias)
+        return True
 
     def _is_packed(self, weights: DecoderLayer) -> bool:
         for place, product in enumerate(self._products):
@@ -126,3 +135,32 @@ class NativeLayer:
         if len(int8) not in (0, len(pairs)):
             return None
         return DecoderLayer((norms[0], norms[1]), pairs, self._gate_form, few=int8, most_few=self._products[0].most_int8_rows)
+
+
+class NativeStack:
+    """Layers one after the other, looked at in one go.
+
+    Args:
+        layers: in the order in which they run.
+    """
+
+    def __init__(self, layers: Sequence[NativeLayer]) -> None:
+        self.layers = tuple(layers)
+        self._weights: list[DecoderLayer] = []
+        self._tensors, self._numbers = TensorWatch(()), ValueWatch(())
+
+    def weights(self) -> list[DecoderLayer] | None:
+        """Those of every layer, the same list while nothing was changed; None where one native call cannot run them all."""
+        if self._weights and self._numbers.still() and self._tensors.still():
+            return self._weights
+        weights = [layer.weights() for layer in self.layers]
+        known = [each for each in weights if each is not None]
+        settings = {(each.kind, layer.scale, layer.num_heads) for each, layer in zip(known, self.layers, strict=False)}
+        self._weights = known if len(known) == len(weights) and len(settings) == 1 else []
+        self._tensors = TensorWatch.of_all(layer.watch for layer in self.layers if self._weights)
+        self._numbers = ValueWatch([number for layer in self.layers for number in layer.numbers])
+        return self._weights or None
+
+    def forget(self) -> None:
+        """Look at everything anew the next time: the weights may have been packed in another way."""
+        self._weights = []

@@ -103,6 +103,10 @@ class PackedLinear(nn.Linear):
         return itself, (self._linear,)
 
 
+_Entry = tuple[dict[str, nn.Module | None], str, nn.Linear, PackedLinear]
+"""The modules of a parent, a name among them, the layer that stands there, and what stands in for it."""
+
+
 class PackedLinears:
     """The packed layers of one model, put in place for each step.
 
@@ -124,7 +128,8 @@ class PackedLinears:
         self._wanted = wanted
         self._census = LinearCensus()
         self._products: list[tuple[PackedProduct, list[FoundLinear]]] = []
-        self._stand_ins: list[tuple[dict[str, nn.Module | None], str, nn.Linear, PackedLinear]] = []
+        self._stand_ins: list[_Entry] = []
+        self._outside: tuple[frozenset[int], list[_Entry]] | None = None
         self._reason = "pack_linears is False" if wanted is False else _why_not_at_all(model)
         self._library: Library | None = None
         if self._reason is None:
@@ -170,6 +175,7 @@ class PackedLinears:
 
         Cost: reads every weight a few times, and holds a copy of it from then on.
         """
+        self._outside = None
         groups = self._worthwhile(self._census.groups())
         self._census.calls.clear()
         for members in groups:
@@ -213,9 +219,9 @@ class PackedLinears:
         swapped = []
         try:
             if not torch.is_autocast_enabled("cpu") and not has_global_hooks():
-                for entry in self._stand_ins:
+                for entry in self._stand_ins_but(but):
                     modules, name, linear, stand_in = entry
-                    if id(linear) not in but and modules.get(name) is linear and _is_plain(linear):
+                    if modules.get(name) is linear and _is_plain(linear):
                         modules[name] = stand_in
                         swapped.append(entry)
             yield
@@ -223,8 +229,13 @@ class PackedLinears:
             for modules, name, linear, stand_in in swapped:
                 if modules.get(name) is stand_in:
                     modules[name] = linear
-            for product, _ in self._products:
-                product.forget()
+                stand_in.product.forget()
+
+    def _stand_ins_but(self, but: frozenset[int]) -> list[_Entry]:
+        """Those whose layers' ids are not ``but``, found once for the steps in a row that leave out the same."""
+        if self._outside is None or self._outside[0] is not but:
+            self._outside = (but, [entry for entry in self._stand_ins if id(entry[2]) not in but])
+        return self._outside[1]
 
     def unpack(self, reason: str) -> bool:
         """Give up the packed copies for a reason; returns whether there were any."""
@@ -232,7 +243,7 @@ class PackedLinears:
         if had:
             self._census.plain.update({found.name: reason for _, members in self._products for found in members})
             self._reason = reason
-        self._stand_ins, self._products = [], []
+        self._stand_ins, self._outside, self._products = [], None, []
         return had
 
     def _worthwhile(self, groups: list[list[FoundLinear]]) -> list[list[FoundLinear]]:

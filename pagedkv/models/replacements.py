@@ -66,11 +66,13 @@ class Replacements:
 
     def fuse_layers(self, configs: tuple[PreTrainedConfig, ...], widths: Sequence[int]) -> None:
         """Fuse whole decoder layers; only of a model whose attention reads blocks in place."""
-        self._fusion.fuse_layers(self._linears, configs, widths)
+        self._fusion.fuse_layers(self._linears, configs, widths, self._parts_in_place)
 
     def quantise(self) -> bool:
         """Round the packed weights to eight bits where that is wanted; see ``PackedLinears.quantise``."""
-        return self._linears.quantise()
+        is_quantised = self._linears.quantise()
+        self._fusion.forget()
+        return is_quantised
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -87,6 +89,12 @@ class Replacements:
                 yield
         finally:
             del self._attributes[_RUNNING]
+
+    @contextmanager
+    def _parts_in_place(self) -> Iterator[None]:
+        """The parts of the model's body, while the step runs in which the body itself stood in for nothing."""
+        with self._fusion.parts_in_place() as fused, self._linears.in_place(fused):
+            yield
 
     def give_up(self, reason: str) -> bool:
         """Give up the next part that nobody insisted on, for a reason; returns False when there is none left."""

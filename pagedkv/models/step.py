@@ -14,10 +14,12 @@ from torch import Tensor
 
 from pagedkv.attention import AttendOptions, AttentionBackend, Mask, StepAttention
 from pagedkv.attention.cpu_backend import CpuBackend
+from pagedkv.attention.native.decoder import DecoderRun
 from pagedkv.attention.ragged import attend_ragged
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.models.context import AttentionCall, MaskFunction
 from pagedkv.models.facade import marked_layer
+from pagedkv.models.fused_rotation import are_angles
 from pagedkv.models.masks import MaskCarriers, resolve_mask
 from pagedkv.models.native_layer import NativeLayer
 from pagedkv.models.probe import check_gathered, checked_layer
@@ -46,6 +48,10 @@ class OptionsTable:
             found = self._find(Mask.causal() if mask is None else self._carriers.mask_of(mask), scale, None, (None, None))
             self._plain = plain = (mask, scale, found)
         return plain[2]
+
+    def of(self, mask: Mask, scale: float) -> AttendOptions:
+        """The options of attention with a mask and a scale and nothing else."""
+        return self._find(mask, scale, None, (None, None))
 
     def find(self, call: AttentionCall) -> AttendOptions:
         """The options of a call. A call with other sinks (a replaced parameter) or slopes gets other options."""
@@ -157,6 +163,43 @@ class PagedStep:
         results = backend.run_decoders(run, x[0], cosines[0], sines[0], self.attention, options, num_heads=layer.num_heads)
         rows = [results.narrow(0, place, 1) for place in range(len(layers))]
         return self.ahead.hold(layers, run.layers, rows, given) if can_wait else rows[0]
+
+    def pools_of(self, layers: Sequence[NativeLayer]) -> list[LayerPool] | None:
+        """The pools of layers that are all of the model's, before any of them stored K and V; else None."""
+        index = self.index
+        if self.written or len(layers) != len(index):
+            return None
+        places = [index.get(layer.layer_idx) for layer in layers]
+        pools = [self.pools[place] for place in dict.fromkeys(places) if place is not None]
+        return pools if len(pools) == len(layers) else None
+
+    def run_all(self, first: NativeLayer, run: DecoderRun, x: Tensor, cosines: Tensor, sines: Tensor, mask: Mask) -> Tensor | None:
+        """All decoder layers, ``[1, T, H]`` of ``x [1, T, H]``; None, with nothing done, where the rows are not such as they take.
+
+        Args:
+            first: the first layer, whose number of heads and scale are those of all.
+            run: the layers with their pools.
+            x: rows that go into the first one.
+            cosines: ``[1, T, D]``.
+            sines: likewise.
+            mask: of all layers.
+        """
+        backend, (weights, *_), (pool, *_) = self.backend, run.layers, run.pools
+        if type(backend) is not CpuBackend or weights.build != backend.build:
+            return None
+        if x.dtype is not torch.bfloat16 or x.shape != (1, self.num_tokens, weights.hidden_size):
+            return None
+        if not are_angles(cosines, sines, x.dtype, self.num_tokens, pool.spec.key_dim):
+            return None
+        if not (x.is_contiguous() and cosines.is_contiguous() and sines.is_contiguous()):
+            return None
+        options = self.options.of(mask, first.scale)
+        for layer_idx, place in self.index.items():
+            self._check_kept(self.pools[place], layer_idx, options)
+        self.written.update(self.index)
+        self.attended.update(self.index)
+        num_heads = first.num_heads
+        return backend.run_decoders(run, x[0], cosines[0], sines[0], self.attention, options, num_heads=num_heads, keeps_all=False)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""

@@ -42,6 +42,7 @@ class LayerPool:
     """
 
     __slots__ = (
+        "__weakref__",
         "_buffer",
         "_key_slots",
         "_value_slots",

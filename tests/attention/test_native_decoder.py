@@ -92,6 +92,8 @@ def test_run_decoders_is_its_parts_to_the_bit(build: str, forms: tuple[int, int]
         batch = BatchBuilder("cpu", 4).build(make_plan(query_lens, seq_lens, block_tables=TABLES, block_size=4))
         x, cosines, sines = (random(generator, sum(query_lens), width) for width in (HIDDEN, WIDTH, WIDTH))
         got = backend.run_decoders(run, x, cosines, sines, backend.plan(batch), OPTIONS, num_heads=HEADS)
+        (last,) = backend.run_decoders(run, x, cosines, sines, backend.plan(batch), OPTIONS, num_heads=HEADS, keeps_all=False)
+        assert torch.equal(last, got[-1])
         step = CpuBackend(build=build).plan(batch)
         for place, layer in enumerate(layers):
             x = by_parts(layer, forms, x, (cosines, sines), theirs, place, step)
@@ -117,6 +119,8 @@ def test_run_decoders_many_rows_do_not_depend_on_threads_nor_on_memory_used_befo
         if dirty:
             backend.run_decoders(run, torch.full_like(x, float("nan")), cosines, sines, step, OPTIONS, num_heads=HEADS)
         results.append(backend.run_decoders(run, x, cosines, sines, step, OPTIONS, num_heads=HEADS))
+        (last,) = backend.run_decoders(run, x, cosines, sines, step, OPTIONS, num_heads=HEADS, keeps_all=False)
+        assert torch.equal(last, results[-1][-1])
     assert torch.isfinite(results[0]).all()
     assert torch.equal(results[0], results[1])
     assert all(torch.equal(results[0], other) for other in results[2:])
@@ -127,16 +131,17 @@ def test_run_decoders_what_does_not_fit_is_refused() -> None:
     layer, backend = layer_of(library, generator), CpuBackend(build=PAIRED[0])
     batch = BatchBuilder("cpu", 4).build(make_plan([3], [3], block_tables=[[2]], block_size=4))
     x, angles = random(generator, 3, HIDDEN), [random(generator, 3, WIDTH) for _ in range(2)]
-    run, step = DecoderRun([layer], storage_of(1).layers), backend.plan(batch)
+    storage, half = storage_of(1), storage_of(1, torch.float16)
+    run, step = DecoderRun([layer], storage.layers), backend.plan(batch)
     for rows in (x[:2], x[:, :32], x.float(), random(generator, HIDDEN, 3).T):
         with pytest.raises(InvalidRequestError, match="is needed"):
             backend.run_decoders(run, rows, *angles, step, OPTIONS, num_heads=HEADS)
-    for wrong in (DecoderRun([layer], storage_of(1, torch.float16).layers), run):
+    for wrong in (DecoderRun([layer], half.layers), run):
         with pytest.raises(InvalidRequestError, match="numbers a token"):
             backend.run_decoders(wrong, x, *angles, step, OPTIONS, num_heads=HEADS if wrong is not run else 2 * HEADS)
     narrow = DecoderLayer(layer.norms, [layer.products[0], narrow_output(library, generator), *layer.products[2:]], 0)
     with pytest.raises(InvalidRequestError, match="and takes 96"):
-        backend.run_decoders(DecoderRun([narrow], storage_of(1).layers), x, *angles, step, OPTIONS, num_heads=HEADS)
+        backend.run_decoders(DecoderRun([narrow], storage.layers), x, *angles, step, OPTIONS, num_heads=HEADS)
     with pytest.raises(InvalidRequestError, match="planned by another backend"):
         backend.run_decoders(run, x, *angles, get_backend("reference", device="cpu").plan(batch), OPTIONS, num_heads=HEADS)
 
@@ -148,8 +153,9 @@ def test_run_decoders_of_another_build_are_refused() -> None:
     layer, backend = layer_of(LIBRARIES[PAIRED[0]], generator), CpuBackend(build=PAIRED[1])
     batch = BatchBuilder("cpu", 4).build(make_plan([3], [3], block_tables=[[2]], block_size=4))
     x, cosines, sines = (random(generator, 3, width) for width in (HIDDEN, WIDTH, WIDTH))
+    storage = storage_of(1)
     with pytest.raises(InvalidRequestError, match=f"by the build '{PAIRED[0]}'"):
-        backend.run_decoders(DecoderRun([layer], storage_of(1).layers), x, cosines, sines, backend.plan(batch), OPTIONS, num_heads=HEADS)
+        backend.run_decoders(DecoderRun([layer], storage.layers), x, cosines, sines, backend.plan(batch), OPTIONS, num_heads=HEADS)
 
 
 def test_decoder_layers_that_do_not_go_together_are_refused() -> None:
@@ -163,3 +169,17 @@ def test_decoder_layers_that_do_not_go_together_are_refused() -> None:
     two, other = storage_of(2), KVStorage([LayerSpec(1, WIDTH, WIDTH)], num_blocks=4, block_size=4, dtype=torch.bfloat16, device="cpu")
     with pytest.raises(InvalidRequestError, match="one geometry"):
         DecoderRun([layer, layer], [two.layers[0], other.layers[0]])
+
+
+def test_run_decoders_whose_pools_are_gone_is_refused() -> None:
+    library, generator = LIBRARIES[PAIRED[0]], torch.Generator().manual_seed(10)
+    layer, backend, storage = layer_of(library, generator), CpuBackend(build=PAIRED[0]), storage_of(2)
+    batch = BatchBuilder("cpu", 4).build(make_plan([3], [3], block_tables=[[2]], block_size=4))
+    x, angles = random(generator, 3, HIDDEN), [random(generator, 3, WIDTH) for _ in range(2)]
+    run, kept = DecoderRun([layer, layer], storage.layers), storage.layers[0]
+    assert run.is_of([layer, layer], list(storage.layers))
+    assert not run.is_of([layer, layer], list(storage_of(2).layers))
+    del storage
+    with pytest.raises(InvalidRequestError, match="gone"):
+        backend.run_decoders(run, x, *angles, backend.plan(batch), OPTIONS, num_heads=HEADS)
+    assert kept.key.isfinite().all()

@@ -6,6 +6,8 @@ Owns the structs of layers. It does not own when a layer may be computed so (``p
 from __future__ import annotations
 
 import ctypes
+import operator
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -124,23 +126,36 @@ class DecoderRun:
 
     Attributes:
         layers: as given.
-        pools: as given.
         address: of the structs.
         row_nbytes: bytes of scratch memory for each row.
+
+    It keeps no pool alive: whoever runs it does.
     """
 
-    __slots__ = ("_structs", "address", "layers", "pools", "row_nbytes")
+    __slots__ = ("_pools", "_structs", "address", "layers", "row_nbytes")
 
     def __init__(self, layers: Sequence[DecoderLayer], pools: Sequence[LayerPool]) -> None:
-        self.layers, self.pools = tuple(layers), tuple(pools)
-        places = list(zip(self.layers, self.pools, strict=True))
+        self.layers, self._pools = list(layers), list(map(weakref.ref, pools))
+        places = list(zip(self.layers, pools, strict=True))
         if not all(self.go_together(places[0], place) for place in places):
             raise InvalidRequestError("layers of one run must be of one build, one width and one geometry of K and V")
-        self._structs = (PlacedStruct * len(self.layers))(
+        self._structs = (PlacedStruct * len(places))(
             *(PlacedStruct(layer.address, pool.key.data_ptr(), pool.value.data_ptr()) for layer, pool in places)
         )
         self.address = ctypes.addressof(self._structs)
         self.row_nbytes = max(layer.row_nbytes for layer in self.layers)
+
+    @property
+    def pools(self) -> list[LayerPool]:
+        """As given. Raises ``InvalidRequestError`` where any is gone."""
+        pools = [pool for pool in map(operator.call, self._pools) if pool is not None]
+        if len(pools) != len(self._pools):
+            raise InvalidRequestError("the pools of the run are gone")
+        return pools
+
+    def is_of(self, layers: Sequence[DecoderLayer], pools: Sequence[LayerPool]) -> bool:
+        """Whether it is the run of these very layers, a list, with these pools, a list."""
+        return self.layers == layers and list(map(operator.call, self._pools)) == pools
 
     @staticmethod
     def go_together(one: tuple[DecoderLayer, LayerPool], other: tuple[DecoderLayer, LayerPool]) -> bool:

@@ -245,7 +245,7 @@ def _open(build: Build) -> ctypes.CDLL | str:
     functions.pagedkv_write.restype = None
     functions.pagedkv_attend_joined.argtypes = (pointer,) * 8
     functions.pagedkv_attend_joined.restype = number
-    functions.pagedkv_run_decoders.argtypes = (pointer, number, *(pointer,) * 7)
+    functions.pagedkv_run_decoders.argtypes = (pointer, number, *(pointer,) * 5, number, *(pointer,) * 2)
     functions.pagedkv_run_decoders.restype = number
     for name in ("pagedkv_norm", "pagedkv_gate", "pagedkv_rotate", "pagedkv_multiply"):
         getattr(functions, name).argtypes = (pointer, number)

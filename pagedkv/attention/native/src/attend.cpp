@@ -152,9 +152,9 @@ int32_t pagedkv_attend_joined(const Joined* joined, void* rows, const void* cosi
 
 // Returns 0, or 1 where this build multiplies no pairs.
 int32_t pagedkv_run_decoders(const PlacedDecoder* layers, int32_t num_layers, const Joined* joined, const void* x, const void* cosines, const void* sines, void* out,
-                             void* scratch, void* attend_scratch) {
+                             int32_t keeps_all, void* scratch, void* attend_scratch) {
 #if defined(PAIRS)
-  run_decoders(layers, num_layers, *joined, (const bfloat16*)x, cosines, sines, (bfloat16*)out, (bfloat16*)scratch, (float*)attend_scratch);
+  run_decoders(layers, num_layers, *joined, (const bfloat16*)x, cosines, sines, (bfloat16*)out, keeps_all, (bfloat16*)scratch, (float*)attend_scratch);
   return 0;
 #else
   return 1;

@@ -130,9 +130,9 @@ static void run_decoder(const PlacedDecoder& placed, const Joined& j, const bflo
   }
 }
 
-// Layers one after the other, ``out [layers, T, H]`` of ``x [T, H]``.
+// Layers one after the other, ``out [layers, T, H]`` of ``x [T, H]``; or ``[T, H]`` of the last one, where each layer writes over what it was given.
 static void run_decoders(const PlacedDecoder* layers, int num_layers, const Joined& j, const bfloat16* x, const void* cosines, const void* sines, bfloat16* out,
-                         bfloat16* scratch, float* attend_scratch) {
+                         bool keeps_all, bfloat16* scratch, float* attend_scratch) {
   const Product& largest = layers[0].decoder->many.gated;
   const int64_t numbers = j.rows->num_tokens * largest.num_inputs;
   const int num_threads = numbers * largest.num_outputs < SERIAL_MULTIPLICATIONS ? 1 : j.num_threads;
@@ -140,8 +140,9 @@ static void run_decoders(const PlacedDecoder* layers, int num_layers, const Join
 #pragma omp parallel num_threads(num_threads)
   {
     const Share all = Share::among_all(meeting);
+    const int64_t step = keeps_all ? numbers : 0;
     for (int i = 0; i < num_layers; i++)
-      run_decoder(layers[i], j, i ? out + (i - 1) * numbers : x, cosines, sines, out + i * numbers, scratch, attend_scratch, all);
+      run_decoder(layers[i], j, i ? out + (i - 1) * step : x, cosines, sines, out + i * step, scratch, attend_scratch, all);
   }
 }
 
