@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from time import perf_counter
+from functools import partial
+from time import perf_counter, sleep
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,11 @@ ORACLE = "reference"
 OURS = "cpu"
 LIMIT_NBYTES, LIMIT_NBYTES_QUICK = 512 << 20, 16 << 20
 WORST_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}
+REST_S = 0.5  # after a pass in another process
 NOTES = (
-    "Spread: median (5th..95th percentile) over calls, one call being one layer. Contestants of this process run in turns, a pass over all"
-    " layers each; the vLLM operator runs after them in its own process, so a load that comes and goes may hit one and not the other.",
+    "Spread: median (5th..95th percentile) over calls, one call being one layer. All run in turns, two passes over all layers each, of"
+    f" which the second is measured; the vLLM operator in its own process, after which {REST_S} seconds pass: its threads look for more"
+    " work for a while.",
     "Decode: GB/s of the K and V that the sequences hold, read once; % is of reading as many bytes in chunks in random order, a chunk being"
     " what one head of a block holds, in turns with the others. Prefill: GFLOP/s of what the causal mask leaves; % is of a large product in"
     " that dtype.",
@@ -64,9 +68,7 @@ def main() -> None:
         for dtype in args.dtypes:
             rows: list[list[object]] = []
             for shape in _steps(dtype, args):
-                results = _measure(shape, args)
-                if pipe is not None:
-                    results[VLLM] = _ask(pipe, shape, args, threads=threads)
+                results = _measure(shape, args, None if pipe is None else Elsewhere(pipe, shape, args, threads=threads))
                 rows += [_row(report, shape, name, results, limits=limits, args=args) for name in results]
             columns = ["step", "who", "milliseconds", f"/ {OURS}'s", "GB/s or GFLOP/s", "% of best", "error"]
             report.table(f"{dtype}, {threads} thread{'s' if threads > 1 else ''}", columns, rows)
@@ -118,8 +120,36 @@ def _limits(report: Report, args: argparse.Namespace, threads: int) -> Limits:
     return limits
 
 
-def _measure(shape: Shape, args: argparse.Namespace) -> dict[str, Measured]:
-    """Everybody in this process, in turns."""
+class Elsewhere:
+    """An operator in another process, over as many bytes as the work here.
+
+    Attributes:
+        error: how far its result is off; None where it failed.
+        reason: why it failed; None where it did not.
+    """
+
+    def __init__(self, pipe: Pipe, shape: Shape, args: argparse.Namespace, *, threads: int) -> None:
+        self._pipe = pipe
+        self.error: float | None = None
+        self.reason: str | None = None
+        self.error = self._ask({**asdict(shape), "threads": threads, "nbytes": args.megabytes << 20}).get("difference")
+
+    def run_pass(self) -> list[float]:
+        """Seconds of each layer's call; none where it failed."""
+        seconds: list[float] = [] if self.reason is not None else self._ask({}).get("seconds", [])
+        sleep(REST_S)
+        return seconds
+
+    def _ask(self, order: dict[str, object]) -> dict[str, Any]:
+        try:
+            return self._pipe.ask(order, timeout_s=600)
+        except FailedError as error:
+            self.reason = str(error)
+            return {}
+
+
+def _measure(shape: Shape, args: argparse.Namespace, elsewhere: Elsewhere | None) -> dict[str, Measured]:
+    """Everybody, in turns."""
     generator = torch.Generator().manual_seed(args.seed)
     work = Work(shape, nbytes=args.megabytes << 20, block_size=args.block_size, generator=generator)
     results: dict[str, Measured] = {}
@@ -135,15 +165,21 @@ def _measure(shape: Shape, args: argparse.Namespace) -> dict[str, Measured]:
     attending = list(ways)
     if shape.is_decode:
         ways[READS] = _reads(work, generator)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    passes: dict[str, Callable[[], list[float]]] = {name: partial(_pass, way, work.num_layers) for name, way in ways.items()}
+    if elsewhere is not None:
+        passes[VLLM] = elsewhere.run_pass
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     with torch.inference_mode():
         truth = ways[YARDSTICK](0).float()
         errors = {name: float((ways[name](0).float() - truth).abs().max()) for name in attending}
         for number in range(1 + args.passes):
-            for name in turns(list(ways), number):
-                one_pass = _pass(ways[name], work.num_layers)
+            for name in turns(list(passes), number):
+                one_pass = passes[name]()
                 seconds[name] += one_pass if number else []
-    return {**{name: Measured(seconds[name], errors.get(name)) for name in ways}, **results}
+    measured = {name: Measured(seconds[name], errors.get(name)) for name in ways}
+    if elsewhere is not None:
+        measured[VLLM] = Measured(seconds[VLLM], elsewhere.error, elsewhere.reason)
+    return {**measured, **results}
 
 
 def _reads(work: Work, generator: torch.Generator) -> Attend:
@@ -160,10 +196,11 @@ def _paged(work: Work, backend: AttentionBackend) -> Attend:
 
 def _pass(attend: Attend, num_layers: int) -> list[float]:
     seconds = []
-    for layer in range(num_layers):
-        began = perf_counter()
-        attend(layer)
-        seconds.append(perf_counter() - began)
+    for is_measured in (False, True):  # the first wakes the threads, and finds what others left in the caches
+        for layer in range(num_layers):
+            began = perf_counter()
+            attend(layer)
+            seconds += [perf_counter() - began] * is_measured
     return seconds
 
 
@@ -202,15 +239,6 @@ def _vllm(report: Report, args: argparse.Namespace) -> Pipe | None:
     report.figure("version, vLLM", greeting["version"])
     print(f"vLLM {greeting['version']}", flush=True)
     return pipe
-
-
-def _ask(pipe: Pipe, shape: Shape, args: argparse.Namespace, *, threads: int) -> Measured:
-    order = {**asdict(shape), "threads": threads, "passes": args.passes, "nbytes": args.megabytes << 20}
-    try:
-        answer = pipe.ask(order, timeout_s=600)
-    except FailedError as error:
-        return Measured(reason=str(error))
-    return Measured(answer["seconds"], answer["error"])
 
 
 def _row(

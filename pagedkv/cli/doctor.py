@@ -128,8 +128,8 @@ def _model(options: argparse.Namespace) -> tuple[list[Finding], int]:
         ),
         Finding(
             "fused parts",
-            f"{len(fusion.layers)} whole layers{' in one call, ' if fusion.body else ', '}{len(fusion.modules)} norms and MLPs, the rotation of "
-            f"{', '.join(fusion.rotations) or 'no modeling file'}",
+            f"{len(fusion.layers)} whole layers{' in one call' if fusion.body else ''}, {len(fusion.modules)} norms and MLPs, "
+            f"the rotation of {', '.join(fusion.rotations) or 'no modeling file'}",
             (fusion.reason,) if fusion.reason else (),
         ),
     ]
