@@ -77,10 +77,13 @@ def main() -> None:
         f"model {args.model}, {torch.get_num_threads()} threads, {args.context} tokens of context, seed {args.seed}, {args.repeats} steps"
         + ", processor time" * args.cpu_time
         + ", parts of decoder layers by calls of their own" * args.apart
+        + ", layers called by the model's own code" * args.by_layers
         + ", quick" * args.quick
     )
     if args.apart:
         NativeLayer.weights = lambda self: None  # type: ignore[method-assign]
+    if args.by_layers:
+        FusedBody.looked_at = lambda self: False  # type: ignore[method-assign]
     clocks, heads = Clocks(_clock(args)), set[int]()
     _put_in_place(clocks, heads)
     tokenizer = tokenizer_by_name(args.model)
@@ -112,6 +115,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--apart", action="store_true", help="run products and attention of decoder layers by calls of their own, to tell them apart"
     )
+    parser.add_argument("--by-layers", action="store_true", help="let the model's own code call its layers one by one")
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time needs --threads 1: it is the main thread's")
