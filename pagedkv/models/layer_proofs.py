@@ -25,6 +25,7 @@ from pagedkv.models.trials import agree, emptied
 
 _SEED = 20260105
 _ROWS = 3
+_POSITIONS = ((0, 1, 2), (40_000, 2**20 + 1, 2**24))  # what is given these beside angles may change its rows from some position on
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,9 @@ def order_of_norms(layer: nn.Module, norms: list[str], attention: str, mlp: str)
     stubs = {norms[0]: _Stub(1.1), norms[1]: _Stub(0.7), attention: _Stub(1.7, in_tuple=True), mlp: _Stub(0.4)}
     passed = {"attention_mask": torch.zeros(1), "position_embeddings": (x, x), cache_argument(layer): object()}
     try:
-        theirs = emptied(layer, {}, dict(stubs))(x, position_ids=torch.arange(_ROWS)[None], use_cache=True, **passed)
+        theirs, far = (
+            emptied(layer, {}, dict(stubs))(x, position_ids=torch.tensor([positions]), use_cache=True, **passed) for positions in _POSITIONS
+        )
     except Exception:  # whatever a module raises, it is not one of ours
         return None
     if any(stubs[attention].seen.get(key) is not value for key, value in passed.items()):
@@ -75,7 +78,7 @@ def order_of_norms(layer: nn.Module, norms: list[str], attention: str, mlp: str)
     for first, second in permutations(norms):
         middle = x + stubs[attention](stubs[first](x))[0]
         ours = middle + stubs[mlp](stubs[second](middle))
-        if agree(ours, theirs):
+        if agree(ours, theirs) and agree(ours, far):
             return first, second
     return None
 
@@ -104,7 +107,14 @@ class _Trial:
 
 
 def as_attention(module: nn.Module, configs: tuple[PreTrainedConfig, ...], width: int, operations: Operations) -> Attention | None:
-    """What an attention module of heads this wide is, if it is that; the module is run on three rows."""
+    """What an attention module of heads this wide is, if it is that, at whatever positions; the module is run on three rows."""
+    found = [_as_attention(module, configs, width, operations, positions) for positions in _POSITIONS]
+    return found[0] if all(each == found[0] for each in found) else None
+
+
+def _as_attention(
+    module: nn.Module, configs: tuple[PreTrainedConfig, ...], width: int, operations: Operations, positions: tuple[int, ...]
+) -> Attention | None:
     linears = {key: child for key, child in module._modules.items() if isinstance(child, nn.Linear)}
     if len(linears) != 4 or len(module._modules) != 4:
         return None
@@ -120,7 +130,7 @@ def as_attention(module: nn.Module, configs: tuple[PreTrainedConfig, ...], width
             output = module(
                 hidden_states=x,
                 attention_mask=None,
-                position_ids=torch.arange(_ROWS)[None],
+                position_ids=torch.tensor([positions]),
                 **{cache_argument(module): CacheFacade(trial)},
                 use_cache=True,
                 position_embeddings=(cos, sin),

@@ -444,9 +444,10 @@ def test_fuse_layers_a_layer_that_only_looks_like_one_is_left_alone(what: str) -
         assert_right(runner, model, what)
 
 
-ALMOST_ATTENTIONS: dict[str, Callable[[nn.Module, tuple[Tensor, None]], object]] = {
-    "it doubles its result": lambda module, output: (output[0] * 2, None),
-    "it returns weights": lambda module, output: (output[0], output[0]),
+ALMOST_ATTENTIONS: dict[str, Callable[[Tensor, tuple[Tensor, None]], object]] = {
+    "it doubles its result": lambda positions, output: (output[0] * 2, None),
+    "it doubles its result far out": lambda positions, output: (output[0] * (1 + (positions > 16_384)[..., None]), None),
+    "it returns weights": lambda positions, output: (output[0], output[0]),
 }
 
 
@@ -461,7 +462,9 @@ def test_fuse_layers_an_attention_that_only_looks_like_one_is_left_alone(what: s
             if what == "its keys are doubled":
                 kwargs[CACHE_ARGUMENT] = Doubling(kwargs[CACHE_ARGUMENT])
                 return super().forward(hidden_states, *args, **kwargs)
-            return ALMOST_ATTENTIONS[what](self, super().forward(hidden_states, *args, **kwargs))
+            positions = kwargs["position_ids"]
+            assert isinstance(positions, Tensor)
+            return ALMOST_ATTENTIONS[what](positions, super().forward(hidden_states, *args, **kwargs))
 
     attention.__class__ = Changed
     assert {layer.name for layer in layers_of(model)} == {"model.layers.0"}
