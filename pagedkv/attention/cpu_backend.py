@@ -174,6 +174,7 @@ class CpuBackend:
         options: AttendOptions,
         *,
         num_heads: int,
+        num_layers: int | None = None,
         keeps_all: bool = True,
     ) -> Tensor:
         """Decoder layers one after the other, with their ``attend_joined``, in one call.
@@ -186,6 +187,7 @@ class CpuBackend:
             step: what ``plan`` returned for this step.
             options: mask, scale and variants of all layers.
             num_heads: ``Hq``.
+            num_layers: how many of the run's layers, from the first on; None for all.
             keeps_all: whether what each layer makes is wanted, or the last one's only.
 
         Returns:
@@ -209,14 +211,15 @@ class CpuBackend:
                 f"a layer makes {attended[0]} numbers a token and takes {attended[1]} by the build {attended[2]!r}:"
                 f" of a pool of {pool.dtype} it would be {wanted[0]} and {wanted[1]} by {wanted[2]!r}"
             )
-        output = x.new_empty(len(run.layers) if keeps_all else 1, *x.shape)
+        num_layers = len(run.layers) if num_layers is None else num_layers
+        output = x.new_empty(num_layers if keeps_all else 1, *x.shape)
         rows_nbytes = -(-num_tokens * run.row_nbytes // _LINE) * _LINE
         if rows_nbytes + call.scratch_nbytes > self._scratch.numel():
             self._grow(rows_nbytes + call.scratch_nbytes)
         scratch = self._scratch.data_ptr()
         self._library.functions.pagedkv_run_decoders(
             run.address,
-            len(run.layers),
+            num_layers,
             call.address,
             x.data_ptr(),
             cosines.data_ptr(),

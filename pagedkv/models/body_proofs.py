@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from pagedkv.attention import Mask
 from pagedkv.models.bridge import pointed_at_us
-from pagedkv.models.call import CACHE_ARGUMENTS, cache_argument
+from pagedkv.models.call import CACHE_ARGUMENTS, cache_argument, logits_of, model_cache_argument
 from pagedkv.models.context import AttentionCall, MaskFunction, activate
 from pagedkv.models.facade import CacheFacade
 from pagedkv.models.masks import MaskCarriers
@@ -160,3 +160,32 @@ def _recognised(trial: _Trial, layers: Sequence[str], output: Any, cache: CacheF
         states=states[0],
         cache=next(iter(caches), None),
     )
+
+
+def reads_wanted_alone(model: nn.Module, name: str, body: Body, configs: tuple[PreTrainedConfig, ...]) -> bool:
+    """Whether a model makes the logits that it is asked for of these tokens' hidden states alone.
+
+    Shown by what becomes of the same states where all others are NaN. Nothing of the model but its head is called.
+
+    Args:
+        model: that takes ``logits_to_keep``.
+        name: of its child that was found to be ``body``.
+        body: as what it was found.
+        configs: as for ``as_body``.
+    """
+    module, trial, wanted = model._modules[name], _Trial(), torch.tensor([0, 2])
+    try:
+        weight: Any = module._modules[body.embedding].weight  # type: ignore[union-attr]
+        states = torch.linspace(-1, 1, wanted[-1] * weight.shape[1] + weight.shape[1]).view(1, -1, weight.shape[1]).to(weight.dtype)
+        poisoned = torch.full_like(states, torch.nan)
+        poisoned[:, wanted] = states[:, wanted]
+        logits = []
+        for given in (states, poisoned):
+            stub = derived(module, {"forward": lambda _, given=given, **kwargs: body.output(**{body.states: given})})  # type: ignore[arg-type]
+            probe = emptied(model, model._parameters, {**model._modules, name: stub})
+            with torch.no_grad(), pointed_at_us(configs), activate(trial):
+                arguments = {model_cache_argument(model): CacheFacade(trial), "use_cache": True, "logits_to_keep": wanted}  # type: ignore[arg-type]
+                logits.append(logits_of(probe(input_ids=trial.ids, position_ids=trial.positions, **arguments)))
+        return torch.equal(*logits) and bool(logits[0].isfinite().all()) and logits[0].shape[1] == len(wanted)
+    except Exception:  # whatever a module raises, it is not one of ours
+        return False

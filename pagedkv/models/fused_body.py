@@ -6,10 +6,8 @@ Nothing of the model's own runs between that look and the native call. Else the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from operator import is_
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from pagedkv.attention.native.decoder import DecoderRun
-from pagedkv.models.body_proofs import Body, as_body
+from pagedkv.models.body_proofs import Body, as_body, reads_wanted_alone
 from pagedkv.models.bridge import pointed_at_us
 from pagedkv.models.call import CACHE_ARGUMENTS
 from pagedkv.models.context import active_step
@@ -25,8 +23,8 @@ from pagedkv.models.facade import CacheFacade
 from pagedkv.models.fused_layers import FusedLayer
 from pagedkv.models.native_layer import NativeStack
 from pagedkv.models.stand_ins import Place, derived, is_plain
-from pagedkv.models.step import PagedStep
-from pagedkv.models.watches import ModuleWatch
+from pagedkv.models.step import PagedStep, Rows
+from pagedkv.models.watches import CodeWatch, ModuleWatch
 
 Apart = Callable[[], AbstractContextManager[None]]
 """Puts what stands in for a body's parts in place for a ``with`` block."""
@@ -41,9 +39,12 @@ def find_body(model: nn.Module, layers: Sequence[FusedLayer], configs: tuple[Pre
         if not found or len(found) != len(inside) or not any(vars(module).get("config") is config for config in configs):
             continue
         body = as_body(module, listed, configs) if is_plain(module) and _is_known(module) else None
-        if body is not None:
-            with pointed_at_us(configs):  # as the configuration is during a step
-                return FusedBody(name, place, body, layers=found, listed=listed, apart=apart)
+        if body is None:
+            continue
+        has_head = place[0] is model._modules and _is_known(model) and is_plain(model)
+        head = model if has_head and reads_wanted_alone(model, place[1], body, configs) else None
+        with pointed_at_us(configs):  # as the configuration is during a step
+            return FusedBody(name, place, body, layers=found, listed=listed, head=head, apart=apart)
     return None
 
 
@@ -54,6 +55,22 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Place, nn.Module, str]]
             for listed, child in () if module is None else module._modules.items():
                 if module is not None and isinstance(child, nn.ModuleList):
                     yield f"{parent_name}.{key}".removeprefix("."), (parent._modules, key), module, listed
+
+
+def _called(module: nn.Module | None) -> nn.Module:
+    """A child as the body's own code calls it."""
+    if module is None:
+        raise TypeError("'NoneType' object is not callable")
+    return module
+
+
+def _is_harmless(module: nn.Module | None) -> bool:
+    """Whether a module runs no code of the user's, which might change the body: nobody's hooks, no children."""
+    return (
+        module is not None
+        and type(module).__module__.startswith(("torch.", "transformers."))
+        and not (module._modules or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    )
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -71,6 +88,7 @@ class FusedBody:
         found: what it was found to be.
         layers: its decoder layers, in order, all with ``native``.
         listed: name of the child that holds them.
+        head: the model around it, where that reads no hidden states but those of tokens whose logits are wanted; else None.
         apart: puts what stands in for its parts in place, for a step in which it runs as its own code says.
 
     Attributes:
@@ -83,7 +101,9 @@ class FusedBody:
         stack: the layers.
     """
 
-    def __init__(self, name: str, place: Place, found: Body, *, layers: Sequence[FusedLayer], listed: str, apart: Apart) -> None:
+    def __init__(
+        self, name: str, place: Place, found: Body, *, layers: Sequence[FusedLayer], listed: str, head: nn.Module | None, apart: Apart
+    ) -> None:
         module = place[0][place[1]]
         if module is None:
             raise TypeError(f"{name} is no module")
@@ -93,12 +113,12 @@ class FusedBody:
         self.linears = frozenset[int]().union(*(layer.linears for layer in layers))
         self.stack = NativeStack([layer.native for layer in layers if layer.native is not None])
         self._found, self._apart = found, apart
+        self._head, self._head_code = head, None if head is None else type(head).forward
+        self._last = layers[-1].of_wanted
         self._listed, self._list = listed, module._modules[listed]
         self._layers = [layer.module for layer in layers]
         self._watch = ModuleWatch.of_all(layer.watch for layer in layers)
-        self._code, self._values = type(module).forward, list(vars(module).values())
-        self._config: Any = module.config
-        self._settings = copy.deepcopy(vars(self._config))
+        self._code = CodeWatch(module)
         self._run: DecoderRun | None = None
         self._is_trusted = True
 
@@ -107,17 +127,17 @@ class FusedBody:
         return self._is_trusted or self.still()
 
     def still(self) -> bool:
-        """Whether the body, its configuration and every layer are what they were, but for weights. Cost: that of ``ModuleWatch.still``."""
+        """Whether the body and every layer are what they were, but for weights. What it calls beside layers is called as it is now.
+
+        Cost: that of ``ModuleWatch.still``.
+        """
         module, listed = self.module, self._list
-        values = vars(module).values()
         return (
             listed is not None
+            and type(listed) is nn.ModuleList
             and module._modules.get(self._listed) is listed
             and [*listed._modules.values()] == self._layers
-            and type(module).forward is self._code
-            and len(values) == len(self._values)
-            and all(map(is_, values, self._values))
-            and vars(self._config) == self._settings
+            and self._code.still()
             and not module.training
             and is_plain(module)
             and self._watch.still()
@@ -153,17 +173,33 @@ class FusedBody:
         cache = next((named.pop(name) for name in CACHE_ARGUMENTS if name in named), None)
         if named or input_ids is None or position_ids is None or use_cache is not True or type(cache) is not CacheFacade:
             return None
-        modules, found = self.module._modules, self._found
-        embedding, rotary, norm = modules.get(found.embedding), modules.get(found.rotary), modules.get(found.norm)
-        if embedding is None or rotary is None or norm is None:
+        run = self._run_of(step) if self.still() else None
+        if run is None:
             return None
-        x, keyword = embedding(input_ids), found.takes_positions_as
+        modules, found = self.module._modules, self._found
+        embedding, keyword = modules[found.embedding], found.takes_positions_as
+        x = _called(embedding)(input_ids)
+        rotary = _called(modules[found.rotary])
         cosines, sines = rotary(x, position_ids) if keyword is None else rotary(x, **{keyword: position_ids})
-        run = self._run_of(step) if self.still() else None  # only now: what was called may have hooks
-        states = None if run is None else step.run_all(self.stack.layers[0], run, x, cosines, sines, found.mask)
+        if not (_is_harmless(embedding) and _is_harmless(modules[found.rotary])):
+            run = self._run_of(step) if self.still() else None
+        states = None if run is None else self._states(step, run, Rows(x, cosines, sines))
         if states is None:
             return None
-        return found.output(**{found.states: norm(states), **({} if found.cache is None else {found.cache: cache})})
+        return found.output(**{found.states: states, **({} if found.cache is None else {found.cache: cache})})
+
+    def _states(self, step: PagedStep, run: DecoderRun, rows: Rows) -> Tensor | None:
+        """What the layers and the norm make of rows; zeros for tokens that nobody asks for."""
+        layers, mask, head = self.stack.layers, self._found.mask, self._head
+        norm = _called(self.module._modules[self._found.norm])
+        if head is not None and is_plain(head) and type(head).forward is self._head_code and is_plain(norm):
+            wanted = step.run_wanted(layers, run, rows, mask, self._last)
+            if wanted is not None:
+                states = torch.zeros_like(rows.x)
+                states[:, step.attention.batch.logits_indices] = norm(wanted)
+                return states
+        every = step.run_all(layers, run, rows, mask)
+        return None if every is None else norm(every)
 
     def _run_of(self, step: PagedStep) -> DecoderRun | None:
         """The layers with their weights as they are now and the step's pools; None where one native call cannot run them."""

@@ -5,7 +5,7 @@ Owns what the function computes, and when it may: as long as the layer is what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from pagedkv.models.layer_proofs import Attention, as_attention, order_of_norms
 from pagedkv.models.native_layer import NativeLayer
 from pagedkv.models.packed_linears import PackedLinear, PackedLinears
 from pagedkv.models.stand_ins import Place, is_plain, stand_in_for
-from pagedkv.models.step import PagedStep
+from pagedkv.models.step import PagedStep, Rows
 from pagedkv.models.watches import ModuleWatch
 
 
@@ -215,6 +215,17 @@ class FusedLayer:
         if not self._gate_first:
             gate, up = up, gate
         return down.whole(self._operations.gate(gate, up, self._form), middle)
+
+    def of_wanted(self, rows: Rows, wanted: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``[1, K, H]`` of the tokens at ``wanted [K]``; only right while ``still()``, for rows that run natively."""
+        x, cosines, sines = rows
+        qkv, output, gate_up, down = self._products
+        joined = qkv.whole(self._normed(0, x)).view(x.shape[1], -1, self._attention.width)
+        self._operations.rotate_in_place(joined[:, : self._num_turned].transpose(0, 1), cosines[0], sines[0])
+        query, key, value = joined[:, : self._num_heads], joined[:, self._num_heads : self._num_turned], joined[:, self._num_turned :]
+        middle = output.whole(attend(query, key, value)[None], x[:, wanted])
+        both = gate_up.whole(self._normed(1, middle))
+        return down.whole(self._operations.gate(both[..., : self._inner], both[..., self._inner :], self._form), middle)
 
     def _normed(self, which: int, x: Tensor) -> Tensor:
         parameters, attributes, found = self._norms[which]

@@ -137,7 +137,8 @@ class Fusion:
         """Fuse nothing any more, for a reason; returns whether anything was."""
         had = bool(self._modules or self._rotations)
         if had:
-            self._layers, self._body, self._modules, self._rotations, self._reason = [], None, [], [], reason
+            self._layers, self._body, self._modules, self._outside, self._rotations = [], None, [], [], []
+            self._reason = reason
         return had
 
     def _find(self, model: nn.Module) -> str | None:

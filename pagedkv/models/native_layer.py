@@ -79,7 +79,7 @@ class NativeLayer:
 
     @property
     def watch(self) -> TensorWatch:
-        """Over all tensors that ``weights`` gave, as they were then."""
+        """Over the linear layers' tensors as they were packed, and the norms' as they are now."""
         norms = TensorWatch([(parameters, "weight") for parameters, _, _ in self._norms])
         return TensorWatch.of_all((self._watch, norms))
 

@@ -84,12 +84,14 @@ class PackedTier:
 
     def forward(self, batch: StepBatch, storage: KVStorage) -> Tensor:
         """Logits ``[K, V]`` of one step; see ``Tier.forward``. Cost: one forward; our own part is about 25 us a layer and 100 a step."""
-        with self.step(batch, storage.layers) as cache:
+        with self.step(batch, storage.layers, is_for_logits=True) as cache:
             return self._call(batch.token_ids[None], batch.positions[None], cache=cache, columns=batch.logits_indices)[0]
 
     @contextmanager
-    def step(self, batch: StepBatch, pools: Sequence[LayerPool]) -> Iterator[Cache]:
+    def step(self, batch: StepBatch, pools: Sequence[LayerPool], *, is_for_logits: bool = False) -> Iterator[Cache]:
         """One step as a ``with`` block, within which somebody else calls the model on the packed tokens, over the cache that comes with it.
+
+        ``is_for_logits``: that nobody asks what the model makes of other tokens than those whose logits the batch wants.
 
         Raises:
             UnsupportedModelError: at the end of the block, when not every layer was stored and read.
@@ -104,6 +106,7 @@ class PackedTier:
             num_tokens=batch.plan.num_tokens,
             gathered=self.shape.gathered,
             masks=self.shape.masks,
+            is_for_logits=is_for_logits,
         )
         with pointed_at_us(self._configs), self._replacements.in_place(), self._adapters.in_place(), activate(step):
             yield CacheFacade(step)

@@ -69,7 +69,8 @@ class ModelRunner:
             model's. The copies take 3 bytes a weight in half precision and 5 in float32: eight bits for few rows, and the same
             numbers in the layout of ``"auto"`` for many. It needs the native library.
         fuse: whether norms, gates of MLPs and rotations run as one native operation each, and decoder layers made of them and
-            of packed products as one function, on the CPU only, where trials show that they compute just that. ``"auto"`` and
+            of packed products as one function, and in bfloat16 the model's body of such layers as one call, on the CPU only, where trials
+            show that they compute just that. ``"auto"`` and
             True: all that do, but True refuses a model without any. False: none.
 
     Raises:
@@ -167,7 +168,7 @@ class ModelRunner:
 
     @property
     def fusion(self) -> FusionReport:
-        """Which norms, MLPs and rotations run as one native operation each."""
+        """Which norms, MLPs, rotations and decoder layers run natively, and whether the body around them is one call."""
         return self._replacements.fusion
 
     @property

@@ -6,8 +6,9 @@ with. It owns neither pools nor kernels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +29,25 @@ from pagedkv.storage.pool import LayerPool
 from pagedkv.storage.slots import Slots, packed_slots
 
 _MAX_OPTIONS = 1024
+_LEAST_LEFT_OUT = 64  # tokens that the last layer computes nothing for, from which on that is worth a dozen calls
 _MOST_AHEAD_NBYTES = 8 << 20  # of results that are computed before they are asked for: what a processor's cache may hold
 
 _ByHead = tuple[Tensor | None, Tensor | None]  # sinks and slopes, as a call gives them
+
+
+class Rows(NamedTuple):
+    """What goes into decoder layers: ``x [1, T, H]``, cosines and sines ``[1, T, D]``."""
+
+    x: Tensor
+    cosines: Tensor
+    sines: Tensor
+
+
+class LastLayer(Protocol):
+    """A decoder layer of which some rows are wanted."""
+
+    def __call__(self, rows: Rows, wanted: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``[1, K, H]`` for rows at the places ``wanted [K]``; ``attend`` stores K and V ``[T, Hkv, D]`` of all and takes their queries."""
 
 
 class OptionsTable:
@@ -84,6 +101,7 @@ class PagedStep:
         options: the runner's options.
         num_tokens: packed tokens, ``T``.
         gathered: layers that the model is given all K/V of, because it goes on to change them.
+        is_for_logits: whether nobody asks what the model makes of other tokens than those whose logits are wanted.
         masks: for each pool, the masks that its K/V are kept for, where they are given back behind a window.
         written: layers that stored their K/V so far.
         attended: layers whose K/V was read so far.
@@ -99,6 +117,7 @@ class PagedStep:
     num_tokens: int
     gathered: Set[int] = frozenset()
     masks: Sequence[Sequence[Mask]] = ()
+    is_for_logits: bool = False
     written: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
     ahead: RunAhead = field(default_factory=RunAhead)
@@ -173,33 +192,60 @@ class PagedStep:
         pools = [self.pools[place] for place in dict.fromkeys(places) if place is not None]
         return pools if len(pools) == len(layers) else None
 
-    def run_all(self, first: NativeLayer, run: DecoderRun, x: Tensor, cosines: Tensor, sines: Tensor, mask: Mask) -> Tensor | None:
-        """All decoder layers, ``[1, T, H]`` of ``x [1, T, H]``; None, with nothing done, where the rows are not such as they take.
+    def run_all(self, layers: Sequence[NativeLayer], run: DecoderRun, rows: Rows, mask: Mask) -> Tensor | None:
+        """All decoder layers, ``[1, T, H]`` of ``rows``; None, with nothing done, where the rows are not such as they take."""
+        if not self._fit(run, rows):
+            return None
+        return self._run(layers, run, rows, mask, len(layers))
 
-        Args:
-            first: the first layer, whose number of heads and scale are those of all.
-            run: the layers with their pools.
-            x: rows that go into the first one.
-            cosines: ``[1, T, D]``.
-            sines: likewise.
-            mask: of all layers.
+    def run_wanted(self, layers: Sequence[NativeLayer], run: DecoderRun, rows: Rows, mask: Mask, last: LastLayer) -> Tensor | None:
+        """The same of the wanted tokens, ``[1, K, H]``; None, with nothing done, where that is no gain or cannot be.
+
+        Of the last layer, other tokens need no more than their K and V: attention and all that follows is computed for the wanted ones.
         """
-        backend, (weights, *_), (pool, *_) = self.backend, run.layers, run.pools
-        if type(backend) is not CpuBackend or weights.build != backend.build:
+        batch = self.attention.batch
+        if not self.is_for_logits or len(layers) < 2 or self.num_tokens - len(batch.plan.logits_indices) < _LEAST_LEFT_OUT:
             return None
-        if x.dtype is not torch.bfloat16 or x.shape != (1, self.num_tokens, weights.hidden_size):
+        wanted = batch.wanted()
+        if wanted is None or not self._fit(run, rows):
             return None
-        if not are_angles(cosines, sines, x.dtype, self.num_tokens, pool.spec.key_dim):
-            return None
-        if not (x.is_contiguous() and cosines.is_contiguous() and sines.is_contiguous()):
-            return None
-        options = self.options.of(mask, first.scale)
+        x = self._run(layers, run, rows, mask, len(layers) - 1)
+        options, pool = self.options.of(mask, layers[0].scale), self.pools[self.index[layers[-1].layer_idx]]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.backend.write(pool, key, value, self.attention)
+            if not wanted.plan.num_seqs:
+                return query.new_empty(0, query.shape[1] * pool.spec.value_dim)
+            return self.backend.attend(query[batch.logits_indices], pool, self.backend.plan(wanted), options).flatten(1)
+
+        return last(Rows(x, rows.cosines, rows.sines), batch.logits_indices, attend)
+
+    def _fit(self, run: DecoderRun, rows: Rows) -> bool:
+        """Whether rows are such as the layers of a run take."""
+        (x, cosines, sines), (weights, *_), (pool, *_) = rows, run.layers, run.pools
+        return (
+            type(self.backend) is CpuBackend
+            and weights.build == self.backend.build
+            and x.dtype is torch.bfloat16
+            and x.shape == (1, self.num_tokens, weights.hidden_size)
+            and are_angles(cosines, sines, x.dtype, self.num_tokens, pool.spec.key_dim)
+            and x.is_contiguous()
+            and cosines.is_contiguous()
+            and sines.is_contiguous()
+        )
+
+    def _run(self, layers: Sequence[NativeLayer], run: DecoderRun, rows: Rows, mask: Mask, num_layers: int) -> Tensor:
+        """The first layers, for rows that fit; all are noted as stored and read, the rest being the caller's to compute."""
+        options = self.options.of(mask, layers[0].scale)
         for layer_idx, place in self.index.items():
             self._check_kept(self.pools[place], layer_idx, options)
         self.written.update(self.index)
         self.attended.update(self.index)
-        num_heads = first.num_heads
-        return backend.run_decoders(run, x[0], cosines[0], sines[0], self.attention, options, num_heads=num_heads, keeps_all=False)
+        x, cosines, sines = (each[0] for each in rows)
+        backend = cast(CpuBackend, self.backend)  # as _fit saw it
+        return backend.run_decoders(
+            run, x, cosines, sines, self.attention, options, num_heads=layers[0].num_heads, num_layers=num_layers, keeps_all=False
+        )
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention ``[1, T, Hq, Dv]`` of one call over the K/V of every sequence: stored, or gathered and then changed by the model."""

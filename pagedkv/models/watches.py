@@ -6,6 +6,8 @@ lists: it touches little beside what it compares. Owns what counts as a change. 
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, is_, is_not, itemgetter
@@ -125,6 +127,47 @@ class ValueWatch:
     def still(self) -> bool:
         """Whether they hold the same."""
         return list(map(_get, self._owners, self._names)) == self._values
+
+
+class CodeWatch:
+    """A module's own part of what it computes: its class's forward and the globals that this names, its attributes, its configuration.
+
+    Args:
+        module: with a ``config``, as all of transformers' models have.
+    """
+
+    __slots__ = ("_attributes", "_config", "_forward", "_globals", "_module", "_names", "_settings", "_used", "_values")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._attributes, self._forward = module, vars(module), type(module).forward
+        function: Any = inspect.unwrap(self._forward)
+        self._globals: dict[str, object] = function.__globals__
+        self._names = [name for name in function.__code__.co_names if name in self._globals]
+        self._used, self._values = [self._globals[name] for name in self._names], list(self._attributes.values())
+        self._config: dict[str, object] = vars(module.config)
+        self._settings = {name: _copied(value) for name, value in self._config.items()}
+
+    def still(self) -> bool:
+        """Whether all of it is as it was. Cost: some microseconds."""
+        values = self._attributes.values()
+        try:
+            return (
+                type(self._module).forward is self._forward
+                and all(map(is_, map(self._globals.get, self._names), self._used))
+                and len(values) == len(self._values)
+                and all(map(is_, values, self._values))
+                and self._config == self._settings
+            )
+        except Exception:  # settings that cannot be compared are others
+            return False
+
+
+def _copied(value: object) -> object:
+    """A setting, such that it is seen when what it holds changes, where that can be had."""
+    try:
+        return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
+    except Exception:  # it holds what cannot be copied
+        return value
 
 
 def why_not_watched(tensor: Tensor) -> str | None:

@@ -6,7 +6,7 @@ It owns the kept buffers behind the tensors. It does not own the plan, nor anyth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,44 @@ class StepBatch:
     logits_indices: Tensor
     block_size: int
     sources: Sequence[Source] = ()
+
+    def wanted(self) -> StepBatch | None:
+        """The step of those tokens alone whose logits are wanted; None unless each is the last of its sequence, which sees all K/V of it.
+
+        Cost: some small copies, by which it outlives the builder's next ``build``, but for its plan.
+        """
+        plan, tokens = self.plan, self.plan.logits_indices
+        seqs = np.searchsorted(plan.cu_seqlens_q, tokens, side="right") - 1
+        if not np.array_equal(plan.cu_seqlens_q[seqs + 1] - 1, tokens):
+            return None
+        places, which = self.logits_indices, torch.from_numpy(seqs).to(self.seq_lens.device)
+        count = np.arange(len(tokens) + 1, dtype=np.int32)
+        alone = replace(
+            plan,
+            seqs=plan.seqs[seqs],
+            rows=plan.rows[seqs],
+            token_ids=plan.token_ids[tokens],
+            positions=plan.positions[tokens],
+            query_lens=np.ones(len(tokens), dtype=np.int32),
+            seq_lens=plan.seq_lens[seqs],
+            cu_seqlens_q=count,
+            slot_mapping=plan.slot_mapping[:, tokens],
+            num_decodes=len(tokens),
+            logits_indices=count[:-1].astype(np.int64),
+        )
+        return replace(
+            self,
+            plan=alone,
+            token_ids=self.token_ids[places],
+            positions=self.positions[places],
+            slot_mapping=self.slot_mapping[:, places],
+            slot_blocks=tuple(blocks[places] for blocks in self.slot_blocks),
+            slot_offsets=tuple(offsets[places] for offsets in self.slot_offsets),
+            block_tables=self.block_tables[:, which],
+            seq_lens=self.seq_lens[which],
+            cu_seqlens_q=torch.from_numpy(count).to(places.device),
+            logits_indices=torch.arange(len(tokens), device=places.device),
+        )
 
 
 class BatchBuilder:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models_support import mixed_schedule, paged_logits, plain_logits, random_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from pagedkv import LLM, SamplingParams
 from pagedkv.attention import Mask
@@ -23,9 +26,11 @@ from pagedkv.attention.cpu_backend import CpuBackend
 from pagedkv.attention.native.library import load_library
 from pagedkv.attention.native.products import PairProduct
 from pagedkv.models import CACHE_ARGUMENT, ModelRunner
-from pagedkv.models.body_proofs import as_body
+from pagedkv.models.body_proofs import as_body, reads_wanted_alone
 from pagedkv.models.bridge import attention_configs
 from pagedkv.models.fused_body import FusedBody
+from pagedkv.models.fused_layers import FusedLayer
+from pagedkv.models.step import Rows
 from pagedkv.storage import BatchBuilder
 from pagedkv.testing.models import tiny_model
 from pagedkv.testing.plans import make_plan
@@ -142,6 +147,7 @@ CHANGES: dict[str, tuple[bool, Callable[[Any], object]]] = {
     "two layers swapped": (False, swapped_layers),
     "another list of layers": (False, lambda model: setattr(model.model, "layers", nn.ModuleList(model.model.layers))),
     "an attribute of the body": (False, lambda model: setattr(model.model, "steering", 3)),
+    "a setting that compares to no truth": (False, lambda model: setattr(model.config, "steering", torch.ones(2))),
     "a setting": (False, lambda model: setattr(model.config, "steering", True)),
     "a layer's own forward": (False, lambda model: setattr(model.model.layers[1].post_attention_layernorm, "forward", lambda x: x)),
 }
@@ -161,6 +167,63 @@ def test_body_what_was_changed_between_steps_is_used(what: str, calls: list[bool
     assert_same(ours, by_layers(monkeypatch, lambda: paged_logits(runner, TOKENS, STEPS)), what)
     if what != "another list of layers":  # whose linear layers run as the model's own: other roundings
         assert torch.equal(ours[0], before[0]) == what.startswith(("an attribute", "a setting", "a hook on the body"))
+
+
+class Backwards(nn.ModuleList):
+    def __getitem__(self, index: Any) -> Any:
+        return list(self._modules.values())[::-1] if isinstance(index, slice) else super().__getitem__(index)
+
+
+@needs_pairs
+def test_body_a_list_of_layers_that_became_another_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = half_model()
+    runner = runner_of(model)
+    before = paged_logits(runner, TOKENS, STEPS)
+    model.model.layers.__class__ = Backwards
+    ours = paged_logits(runner, TOKENS, STEPS)
+    assert_same(ours, by_layers(monkeypatch, lambda: paged_logits(runner, TOKENS, STEPS)))
+    assert not torch.equal(ours[0], before[0])
+
+
+@needs_pairs
+def test_body_another_function_of_its_modeling_file_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = half_model()
+    model.config.sliding_window = 4
+    runner = runner_of(model)
+    before = paged_logits(runner, TOKENS, STEPS)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", create_sliding_window_causal_mask)
+    ours = paged_logits(runner, TOKENS, STEPS)
+    assert_same(ours, by_layers(monkeypatch, lambda: paged_logits(runner, TOKENS, STEPS)))
+    assert not torch.equal(ours[0], before[0])
+
+
+@needs_pairs
+def test_body_whose_embedding_replaces_the_norm_in_the_step_uses_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = half_model()
+    runner = runner_of(model)
+    norms = [model.model.norm, nn.Sequential(model.model.norm, Doubled())]
+    expected = [torch.cat(paged_logits(runner, TOKENS, STEPS)) * factor for factor in (1, 2)]
+    for norm, wanted in zip(norms, expected, strict=True):
+        handle = model.model.embed_tokens.register_forward_hook(lambda *_, norm=norm: setattr(model.model, "norm", norm))
+        assert torch.equal(torch.cat(paged_logits(runner, TOKENS, STEPS)), wanted)
+        handle.remove()
+
+
+@needs_pairs
+@pytest.mark.parametrize("what", ["nothing", "a hook", "a scale"])
+def test_body_calls_its_embedding_once_a_step_whatever_runs(what: str) -> None:
+    model: Any = half_model()
+    runner = runner_of(model)
+    seen: list[object] = []
+    model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(None))
+    for _ in range(2):
+        seen.clear()
+        paged_logits(runner, TOKENS, STEPS)
+        assert len(seen) == len(STEPS)
+        if what == "a hook":
+            model.model.layers[1].mlp.register_forward_hook(lambda _, args, output: output * 2)
+        elif what == "a scale":
+            model.model.layers[1].self_attn.scaling = 0.1
 
 
 @needs_pairs
@@ -290,6 +353,87 @@ def test_body_of_other_code_than_transformers_own_is_left_alone(calls: list[bool
     assert len(runner.fusion.layers) == NUM_LAYERS
     paged_logits(runner, TOKENS, STEPS)
     assert not any(calls)
+
+
+def last_logits(runner: ModelRunner, steps: list[list[tuple[int, int]]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of the tokens that end what is given of a prompt, where a step ends it; and K and V of all layers at the end."""
+    size, storage = runner.block_size, runner.new_storage(16)
+    tables, done, found = [[2, 5, 3], [7, 4, 6]], [0, 0], []
+    for step in steps:
+        counts = [count for _, count in step]
+        ids = torch.cat([TOKENS[row][done[row] : done[row] + count] for row, count in step])
+        for row, count in step:
+            done[row] += count
+        plan = make_plan(
+            counts, [done[row] for row, _ in step], block_tables=[tables[row] for row, _ in step], block_size=size, token_ids=ids.numpy()
+        )
+        ends = [at for at, (row, count) in zip(np.cumsum(counts) - 1, step, strict=True) if count == 1 or done[row] in LENS]
+        plan = dataclasses.replace(plan, logits_indices=np.array(ends, dtype=np.int64))
+        found.append(runner.forward(BatchBuilder("cpu", size).build(plan), storage).clone())
+    return found, [each.clone() for pool in storage.layers for each in (pool.key, pool.value)]
+
+
+@needs_pairs
+@pytest.mark.parametrize("options", [{}, {"pack_linears": "int8"}])
+def test_body_computes_the_last_layer_of_wanted_tokens_alone(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    former = FusedLayer.of_wanted
+
+    def counting(self: FusedLayer, rows: Rows, wanted: Tensor, attend: Any) -> Tensor:
+        computed.append(len(wanted))
+        return former(self, rows, wanted, attend)
+
+    monkeypatch.setattr(FusedLayer, "of_wanted", counting)
+    runner = runner_of(half_model(), **options)
+    steps = [[(0, 8)], [(1, 17), (0, 4)], [(1, 1)], [(1, 2)]]  # nothing, the second alone, all that there is, the last one
+    every, stored = last_logits(runner, steps)
+    assert computed == []
+    monkeypatch.setattr("pagedkv.models.step._LEAST_LEFT_OUT", 1)
+    ours, ours_stored = last_logits(runner, steps)
+    assert computed == [0, 1, 1]
+    assert [each.shape for each in ours] == [each.shape for each in every] == [(0, 97), (1, 97), (1, 97), (1, 97)]
+    for mine, theirs in zip(ours[1:], every[1:], strict=True):
+        assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
+    assert_same(ours_stored, stored)
+
+
+@needs_pairs
+@pytest.mark.parametrize("what", ["the norm", "the head", "the model", "the model's own forward"])
+def test_body_who_looks_sees_every_token(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedkv.models.step._LEAST_LEFT_OUT", 1)
+    model: Any = half_model()
+    runner = runner_of(model)
+    seen: list[Any] = []
+    if what == "the model's own forward":
+        former = model.forward
+        model.forward = lambda *args, **kwargs: former(*args, **kwargs)
+    else:
+        module = {"the norm": model.model.norm, "the head": model.lm_head, "the model": model}[what]
+        module.register_forward_hook(lambda _, args, output: seen.append(args[0] if args else None))
+    monkeypatch.setattr(FusedLayer, "of_wanted", lambda *_: pytest.fail("it did not")) if what != "the head" else None
+    (logits,), _ = last_logits(runner, [[(0, 12)]])
+    assert logits.isfinite().all()
+    if what == "the norm":
+        assert seen[0].shape[:2] == (1, 12)
+    if what == "the head":
+        assert seen[0].shape[:2] == (1, 1)
+
+
+@needs_pairs
+def test_body_of_a_model_that_reads_all_hidden_states_gives_all() -> None:
+    class Mean(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            wanted = kwargs.pop("logits_to_keep")
+            states = self.model(*args, **kwargs).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(states[:, wanted] + states.mean(1, keepdim=True)))
+
+    model = half_model()
+    configs = attention_configs(model)
+    body = as_body(model.get_decoder(), "layers", configs)
+    assert body is not None
+    assert reads_wanted_alone(model, "model", body, configs)
+    model.__class__ = Mean
+    assert not reads_wanted_alone(model, "model", body, configs)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -53,6 +53,32 @@ def test_build_again_keeps_the_buffers() -> None:
     assert third.slot_mapping[0].tolist() == list(range(4, 904))
 
 
+def test_wanted_is_the_step_that_its_wanted_tokens_would_be_alone() -> None:
+    builder = BatchBuilder("cpu", 4)
+    tables = [[2, 5], [4], [6, 7]]
+    plan = make_plan([1, 3, 2], [6, 3, 7], block_tables=tables, block_size=4, token_ids=[9, 7, 8, 6, 3, 1])
+    wanted = builder.build(replace(plan, logits_indices=np.array([0, 5], dtype=np.int64))).wanted()
+    expected = BatchBuilder("cpu", 4).build(make_plan([1, 1], [6, 7], block_tables=[tables[0], tables[2]], block_size=4, token_ids=[9, 1]))
+    assert wanted is not None
+    builder.build(plan)  # which writes over the buffers of the step before
+    tensors = ("token_ids", "positions", "slot_mapping", "block_tables", "seq_lens", "cu_seqlens_q", "logits_indices")
+    for ours, theirs in ((getattr(each, name) for each in (wanted, expected)) for name in tensors):
+        assert ours.dtype == theirs.dtype
+        assert ours.tolist() == theirs.tolist()
+    for each in ("query_lens", "seq_lens", "cu_seqlens_q", "token_ids", "positions", "slot_mapping", "logits_indices", "num_decodes"):
+        assert np.array_equal(getattr(wanted.plan, each), getattr(expected.plan, each)), each
+    assert [blocks.tolist() for blocks in wanted.slot_blocks] == [[5, 7]]
+    assert [offsets.tolist() for offsets in wanted.slot_offsets] == [[1, 2]]
+
+
+@pytest.mark.parametrize(("tokens", "is_step"), [([], True), ([3], True), ([0, 3], True), ([2], False), ([0, 1, 2, 3], False)])
+def test_wanted_tokens_that_are_not_the_last_of_a_sequence_are_no_step(tokens: list[int], is_step: bool) -> None:
+    plan = make_plan([1, 3], [6, 3], block_tables=[[2, 5], [4]], block_size=4)
+    wanted = BatchBuilder("cpu", 4).build(replace(plan, logits_indices=np.array(tokens, dtype=np.int64))).wanted()
+    assert (wanted is not None) == is_step
+    assert wanted is None or wanted.plan.num_seqs == len(tokens)
+
+
 def test_build_two_groups_splits_the_slots_of_each() -> None:
     tables = np.array([[[2, 5]], [[7, 1]]])
     batch = BatchBuilder("cpu", 4).build(make_plan([2], [5], block_tables=tables, block_size=4))
