@@ -11,14 +11,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from time import perf_counter, sleep
+from time import sleep
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from attention_work import Shape, Work, shapes
 from common import Report, Spread, arguments
-from contest import turns
+from contest import second_pass, turns
 from elsewhere import FOLDER, FailedError, Pipe
 from machine_limits import CHUNK_NBYTES, Limits, scattered_reads
 from torch import Tensor
@@ -130,9 +130,8 @@ class Elsewhere:
 
     def __init__(self, pipe: Pipe, shape: Shape, args: argparse.Namespace, *, threads: int) -> None:
         self._pipe = pipe
-        self.error: float | None = None
         self.reason: str | None = None
-        self.error = self._ask({**asdict(shape), "threads": threads, "nbytes": args.megabytes << 20}).get("difference")
+        self.error: float | None = self._ask({**asdict(shape), "threads": threads, "nbytes": args.megabytes << 20}).get("difference")
 
     def run_pass(self) -> list[float]:
         """Seconds of each layer's call; none where it failed."""
@@ -165,7 +164,7 @@ def _measure(shape: Shape, args: argparse.Namespace, elsewhere: Elsewhere | None
     attending = list(ways)
     if shape.is_decode:
         ways[READS] = _reads(work, generator)
-    passes: dict[str, Callable[[], list[float]]] = {name: partial(_pass, way, work.num_layers) for name, way in ways.items()}
+    passes: dict[str, Callable[[], list[float]]] = {name: partial(second_pass, way, work.num_layers) for name, way in ways.items()}
     if elsewhere is not None:
         passes[VLLM] = elsewhere.run_pass
     seconds: dict[str, list[float]] = {name: [] for name in passes}
@@ -192,16 +191,6 @@ def _reads(work: Work, generator: torch.Generator) -> Attend:
 def _paged(work: Work, backend: AttentionBackend) -> Attend:
     step, layers = backend.plan(work.batch), work.storage.layers
     return lambda layer: backend.attend(work.query, layers[layer], step, work.options)
-
-
-def _pass(attend: Attend, num_layers: int) -> list[float]:
-    seconds = []
-    for is_measured in (False, True):  # the first wakes the threads, and finds what others left in the caches
-        for layer in range(num_layers):
-            began = perf_counter()
-            attend(layer)
-            seconds += [perf_counter() - began] * is_measured
-    return seconds
 
 
 def _contiguous(work: Work) -> Attend:

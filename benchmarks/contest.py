@@ -90,6 +90,17 @@ class Watch:
         return Times(wall, cpu, others)
 
 
+def second_pass(call: Callable[[int], object], count: int) -> list[float]:
+    """Seconds of each of so many calls in a row, the second time: the first wakes the threads, and finds what others left in the caches."""
+    seconds: list[float] = []
+    for is_measured in (False, True):
+        for number in range(count):
+            began = perf_counter()
+            call(number)
+            seconds += [perf_counter() - began] * is_measured
+    return seconds
+
+
 def turns(names: Sequence[str], number: int) -> list[str]:
     """The order of one round: each round begins one further, so that nobody always runs right after the same other."""
     first = number % len(names)

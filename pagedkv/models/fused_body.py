@@ -57,19 +57,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Place, nn.Module, str]]
                     yield f"{parent_name}.{key}".removeprefix("."), (parent._modules, key), module, listed
 
 
-def _called(module: nn.Module | None) -> nn.Module:
-    """A child as the body's own code calls it."""
-    if module is None:
-        raise TypeError("'NoneType' object is not callable")
-    return module
-
-
-def _is_harmless(module: nn.Module | None) -> bool:
+def _is_harmless(module: nn.Module) -> bool:
     """Whether a module runs no code of the user's, which might change the body: nobody's hooks, no children."""
-    return (
-        module is not None
-        and type(module).__module__.startswith(("torch.", "transformers."))
-        and not (module._modules or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return type(module).__module__.startswith(("torch.", "transformers.")) and not (
+        module._modules or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     )
 
 
@@ -176,12 +167,13 @@ class FusedBody:
         run = self._run_of(step) if self.still() else None
         if run is None:
             return None
-        modules, found = self.module._modules, self._found
-        embedding, keyword = modules[found.embedding], found.takes_positions_as
-        x = _called(embedding)(input_ids)
-        rotary = _called(modules[found.rotary])
+        modules: dict[str, Any] = self.module._modules
+        found, keyword = self._found, self._found.takes_positions_as
+        embedding = modules[found.embedding]
+        x = embedding(input_ids)
+        rotary = modules[found.rotary]
         cosines, sines = rotary(x, position_ids) if keyword is None else rotary(x, **{keyword: position_ids})
-        if not (_is_harmless(embedding) and _is_harmless(modules[found.rotary])):
+        if not (_is_harmless(embedding) and _is_harmless(rotary)):
             run = self._run_of(step) if self.still() else None
         states = None if run is None else self._states(step, run, Rows(x, cosines, sines))
         if states is None:
@@ -191,7 +183,7 @@ class FusedBody:
     def _states(self, step: PagedStep, run: DecoderRun, rows: Rows) -> Tensor | None:
         """What the layers and the norm make of rows; zeros for tokens that nobody asks for."""
         layers, mask, head = self.stack.layers, self._found.mask, self._head
-        norm = _called(self.module._modules[self._found.norm])
+        norm: Any = self.module._modules[self._found.norm]
         if head is not None and is_plain(head) and type(head).forward is self._head_code and is_plain(norm):
             wanted = step.run_wanted(layers, run, rows, mask, self._last)
             if wanted is not None:

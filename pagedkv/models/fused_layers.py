@@ -209,23 +209,25 @@ class FusedLayer:
         qkv, output, gate_up, down = self._products
         if not (self._norms_fit(x) and qkv.usable() and output.usable() and gate_up.usable() and down.usable()):
             return None
-        middle = output.whole(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask), x)
+        return self._finished(self._attend(step, qkv.whole(self._normed(0, x)), cos[0], sin[0], attention_mask), x)
+
+    def of_wanted(self, rows: Rows, wanted: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``[1, K, H]`` of the tokens at ``wanted [K]``; only right while ``still()``, for rows that run natively."""
+        x, cosines, sines = rows
+        joined = self._products[0].whole(self._normed(0, x)).view(x.shape[1], -1, self._attention.width)
+        self._operations.rotate_in_place(joined[:, : self._num_turned].transpose(0, 1), cosines[0], sines[0])
+        query, key, value = joined[:, : self._num_heads], joined[:, self._num_heads : self._num_turned], joined[:, self._num_turned :]
+        return self._finished(attend(query, key, value)[None], x[:, wanted])
+
+    def _finished(self, attended: Tensor, x: Tensor) -> Tensor:
+        """The layer's rows, of what attention gave and what went into the layer."""
+        _, output, gate_up, down = self._products
+        middle = output.whole(attended, x)
         both = gate_up.whole(self._normed(1, middle))
         gate, up = both[..., : self._inner], both[..., self._inner :]
         if not self._gate_first:
             gate, up = up, gate
         return down.whole(self._operations.gate(gate, up, self._form), middle)
-
-    def of_wanted(self, rows: Rows, wanted: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """``[1, K, H]`` of the tokens at ``wanted [K]``; only right while ``still()``, for rows that run natively."""
-        x, cosines, sines = rows
-        qkv, output, gate_up, down = self._products
-        joined = qkv.whole(self._normed(0, x)).view(x.shape[1], -1, self._attention.width)
-        self._operations.rotate_in_place(joined[:, : self._num_turned].transpose(0, 1), cosines[0], sines[0])
-        query, key, value = joined[:, : self._num_heads], joined[:, self._num_heads : self._num_turned], joined[:, self._num_turned :]
-        middle = output.whole(attend(query, key, value)[None], x[:, wanted])
-        both = gate_up.whole(self._normed(1, middle))
-        return down.whole(self._operations.gate(both[..., : self._inner], both[..., self._inner :], self._form), middle)
 
     def _normed(self, which: int, x: Tensor) -> Tensor:
         parameters, attributes, found = self._norms[which]

@@ -1,4 +1,4 @@
-"""A decoder layer whose products are packed in pairs, as the native library runs it.
+"""A decoder layer whose products are packed in pairs, as the native library runs it, and several one after the other.
 
 Owns the weights as they were packed, and the watch over them. It does not own when they are used (``fused_layers.py``, ``run_ahead.py``).
 """

@@ -62,7 +62,7 @@ class OptionsTable:
         """The options of a call with a mask and a scale and nothing else. The same mask object as in the last call costs nothing."""
         plain = self._plain
         if plain is None or plain[0] is not mask or plain[1] != scale:
-            found = self._find(Mask.causal() if mask is None else self._carriers.mask_of(mask), scale, None, (None, None))
+            found = self.of(Mask.causal() if mask is None else self._carriers.mask_of(mask), scale)
             self._plain = plain = (mask, scale, found)
         return plain[2]
 

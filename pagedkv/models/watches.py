@@ -11,23 +11,38 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, is_, is_not, itemgetter
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-SAMPLED_NUMBERS = 16
-"""Of each tensor, as many numbers are compared."""
+_SAMPLED_NUMBERS = 16  # of each tensor
 
-Parameters = Mapping[str, Tensor | None]
-"""Of one module, its own dict: attribute access through the module costs more."""
+_Parameters = Mapping[str, Tensor | None]  # of one module, its own dict: attribute access through the module costs more
 
 _get: Any = dict.get
 _version = attrgetter("_version")
 _in_use = itemgetter("training", "_forward_hooks", "_forward_pre_hooks")
 
 
-class ModuleWatch:
+class _FlatWatch:
+    """Several lists, one in each slot, so that many watches can be one."""
+
+    __slots__: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of_all(cls, watches: Iterable[Self]) -> Self:
+        """What all of some watch, as one."""
+        watch = cls.__new__(cls)
+        for name in cls.__slots__:
+            setattr(watch, name, [])
+        for other in watches:
+            for name in cls.__slots__:
+                getattr(watch, name).extend(getattr(other, name))
+        return watch
+
+
+class ModuleWatch(_FlatWatch):
     """Modules in evaluation mode, without hooks, computing what their class says; and their children.
 
     Args:
@@ -42,15 +57,6 @@ class ModuleWatch:
         self._owners, self._names, self._children = ([each[place] for each in children] for place in range(3))
         self._modules, self._classes, self._attributes = list(modules), list(map(type, modules)), list(map(vars, modules))
 
-    @classmethod
-    def of_all(cls, watches: Iterable[ModuleWatch]) -> ModuleWatch:
-        """What all of some watch, as one."""
-        watch = cls((), ())
-        for other in watches:
-            for name in cls.__slots__:
-                getattr(watch, name).extend(getattr(other, name))
-        return watch
-
     def still(self) -> bool:
         """Whether all is as it was. Cost: 0.2 microseconds a module while it is in the processor's cache."""
         attributes = self._attributes
@@ -63,7 +69,7 @@ class ModuleWatch:
         )
 
 
-class TensorWatch:
+class TensorWatch(_FlatWatch):
     """Parameters as they are now, and others that are None.
 
     Seen are another object or storage in a parameter's place, and every change that torch counts (``_version``). A change in place through
@@ -73,40 +79,31 @@ class TensorWatch:
         places: of parameters for each of which there is no reason in ``why_not_watched``, or of none.
     """
 
-    __slots__ = ("_addresses", "_before", "_empty_names", "_empty_owners", "_names", "_owners", "_samples", "_versions", "tensors")
+    __slots__ = ("_addresses", "_before", "_empty_names", "_empty_owners", "_names", "_owners", "_samples", "_tensors", "_versions")
 
-    def __init__(self, places: Sequence[tuple[Parameters, str]]) -> None:
+    def __init__(self, places: Sequence[tuple[_Parameters, str]]) -> None:
         there = [(owner, name, tensor) for owner, name in places if (tensor := owner.get(name)) is not None]
         empty = [(owner, name) for owner, name in places if owner.get(name) is None]
         self._owners, self._names = [each[0] for each in there], [each[1] for each in there]
-        self.tensors: list[Tensor] = [each[2] for each in there]
+        self._tensors: list[Tensor] = [each[2] for each in there]
         self._empty_owners, self._empty_names = [each[0] for each in empty], [each[1] for each in empty]
-        self._versions, self._addresses = list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
-        self._samples = [_sample(tensor.detach()) for tensor in self.tensors]
+        self._versions, self._addresses = list(map(_version, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
+        self._samples = [_sample(tensor.detach()) for tensor in self._tensors]
         self._before = [sample.tobytes() for sample in self._samples]
-
-    @classmethod
-    def of_all(cls, watches: Iterable[TensorWatch]) -> TensorWatch:
-        """What all of some watch, as one."""
-        watch = cls(())
-        for other in watches:
-            for name in cls.__slots__:
-                getattr(watch, name).extend(getattr(other, name))
-        return watch
 
     def counted(self) -> bool:
         """Whether nothing that torch counts happened: the same objects, at the same versions."""
         return (
             not any(map(is_not, map(_get, self._empty_owners, self._empty_names), repeat(None)))
-            and all(map(is_, map(_get, self._owners, self._names), self.tensors))
-            and list(map(_version, self.tensors)) == self._versions
+            and all(map(is_, map(_get, self._owners, self._names), self._tensors))
+            and list(map(_version, self._tensors)) == self._versions
         )
 
     def still(self) -> bool:
         """Whether nothing happened that is seen. Cost: 0.2 microseconds a tensor while it is in the processor's cache."""
         return (
             self.counted()
-            and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and list(map(memoryview.tobytes, self._samples)) == self._before
         )
 
@@ -185,6 +182,6 @@ def why_not_watched(tensor: Tensor) -> str | None:
 
 def _sample(tensor: Tensor) -> memoryview:
     """The bytes of a few numbers in the midst of a contiguous tensor, in its own memory: a look costs 0.1 us, a torch operator 2 us."""
-    start = max(tensor.numel() // 2 - SAMPLED_NUMBERS, 0)
-    numbers = tensor.view(-1)[start : start + SAMPLED_NUMBERS]
+    start = max(tensor.numel() // 2 - _SAMPLED_NUMBERS, 0)
+    numbers = tensor.view(-1)[start : start + _SAMPLED_NUMBERS]
     return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers

@@ -73,8 +73,10 @@ class StepBatch:
             seq_lens=plan.seq_lens[seqs],
             cu_seqlens_q=count,
             slot_mapping=plan.slot_mapping[:, tokens],
+            copies=tuple(pairs[:0] for pairs in plan.copies),  # they were made
             num_decodes=len(tokens),
             logits_indices=count[:-1].astype(np.int64),
+            sampling_seqs=plan.sampling_logits,
         )
         return replace(
             self,
@@ -88,6 +90,7 @@ class StepBatch:
             seq_lens=self.seq_lens[which],
             cu_seqlens_q=torch.from_numpy(count).to(places.device),
             logits_indices=torch.arange(len(tokens), device=places.device),
+            sources=[self.sources[seq] for seq in seqs] if self.sources else (),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,6 +70,14 @@ def paged_logits(runner: ModelRunner, tokens: Sequence[Tensor], steps: Sequence[
             done[row] += count
     storage.close()
     return [torch.cat(part) for part in parts]
+
+
+def keys_of_a_dropped_storage(runner: ModelRunner, tokens: Tensor) -> list[weakref.ref[Tensor]]:
+    """The K of each layer of a storage that a step of one sequence ran over, and that nobody but the runner may still hold."""
+    storage, length = runner.new_storage(4), len(tokens)
+    plan = make_plan([length], [length], block_tables=[[1]], block_size=runner.block_size, token_ids=tokens.numpy())
+    runner.forward(BatchBuilder("cpu", runner.block_size).build(plan), storage)
+    return [weakref.ref(pool.key) for pool in storage.layers]
 
 
 def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], *, relative: float, what: str) -> None:

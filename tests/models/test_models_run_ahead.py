@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from models_support import mixed_schedule, paged_logits, plain_logits, random_tokens
+from models_support import keys_of_a_dropped_storage, mixed_schedule, paged_logits, plain_logits, random_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,9 +18,7 @@ from pagedkv.attention.native.products import PairProduct
 from pagedkv.errors import InvalidRequestError
 from pagedkv.models import ModelRunner
 from pagedkv.models.native_layer import NativeLayer
-from pagedkv.storage import BatchBuilder
 from pagedkv.testing.models import tiny_model
-from pagedkv.testing.plans import make_plan
 
 LENS = (12, 20)
 TOKENS = random_tokens(LENS, seed=1)
@@ -255,12 +252,7 @@ def test_run_ahead_in_inference_mode_with_a_tensor_from_outside() -> None:
 def test_run_ahead_keeps_no_pool_of_a_storage_that_is_gone() -> None:
     runner = ModelRunner(half_model(), pack_linears=True, fuse=True)
     paged_logits(runner, TOKENS, STEPS)
-    storage = runner.new_storage(4)
-    plan = make_plan([3], [3], block_tables=[[1]], block_size=runner.block_size, token_ids=TOKENS[0][:3].numpy())
-    runner.forward(BatchBuilder("cpu", runner.block_size).build(plan), storage)
-    keys = [weakref.ref(pool.key) for pool in storage.layers]
-    del storage
-    assert not any(key() is not None for key in keys)
+    assert not any(key() is not None for key in keys_of_a_dropped_storage(runner, TOKENS[0][:3]))
 
 
 def test_run_ahead_products_of_other_shapes_are_refused_as_the_model_does() -> None:
