@@ -134,7 +134,7 @@ def test_attend_long_chunks_in_bfloat16_match_dense_attention(
 MANY_HEADS = [(11, 3, 40, 72), (11, 3, 64, 96), (3, 8, 96, 32), (17, 1, 32, 64), (2, 9, 32, 32)]
 
 
-@pytest.mark.parametrize("block_size", [pytest.param(1, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block_size", [pytest.param(1, marks=pytest.mark.slow), 11, 16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", MANY_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("build", RUNNABLE)
@@ -143,8 +143,8 @@ def test_attend_decodes_of_many_heads_match_dense_attention(
 ) -> None:
     generator = torch.Generator().manual_seed(block_size)
     geometry = Geometry(*sizes, block_size, dtype)
-    case = make_case(geometry, [1, 1, 1], seq_lens=[600, 33, 1], generator=generator)
-    options = Variant(Mask.sliding(400), sinks=True, alibi=True).options(geometry, generator, torch.device("cpu"))
+    case = make_case(geometry, [1, 1, 1], seq_lens=[1100, 33, 1], generator=generator)
+    options = Variant(Mask.sliding(900), sinks=True, alibi=True).options(geometry, generator, torch.device("cpu"))
     tolerance = TOLERANCE[dtype] / 3
     actual = case.attend(CpuBackend(build=build, num_threads=2), options).double()
     torch.testing.assert_close(actual, dense_attention(case, options), rtol=tolerance, atol=tolerance)

@@ -31,7 +31,7 @@ static void write_rows(const Step& step, int seq, int kv_head, int first_row, in
   }
 }
 
-INLINE Sums sums_at(const Step& step, float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows, sums_stride(step)}; }
+INLINE Sums sums_at(const Step& step, float* memory, int rows) { return {memory, memory + rows, memory + sums_start(rows), sums_stride(step)}; }
 
 template <class T>
 static void run_item(const Step& step, const Item& item, const Item* next, bool is_asked, float* scratch, float* partials, int64_t partial_rows) {

@@ -14,6 +14,19 @@ constexpr int TILE_COLUMNS = 128;
 constexpr int WIDE_TILE_COLUMNS = 64;           // for wide heads, so that a tile stays in the second-level cache
 constexpr int TILED_PART = 2048;                // positions of one item where few rows look at many
 
+// Addresses of the rows of K or V at positions [low, high).
+template <class T>
+INLINE void row_addresses(const T** rows, const void* base, const int64_t* stride, const Step& step, const int32_t* table, int head, int low, int high) {
+  const T* heads = (const T*)base + head * stride[1];
+  for (int position = low; position < high;) {
+    const int offset = position % step.block_size, count = std::min(step.block_size - offset, high - position);
+    const T* row = heads + table[position / step.block_size] * stride[0] + offset * stride[2];
+    for (int i = 0; i < count; i++) rows[i] = row + i * stride[2];
+    rows += count;
+    position += count;
+  }
+}
+
 INLINE int tile_columns(const Step& step) { return step.key_dim > 256 ? WIDE_TILE_COLUMNS : TILE_COLUMNS; }
 
 // out[ROW_COUNT, PANEL] (+)= left[ROW_COUNT, depth] x panel[depth, PANEL].

@@ -11,7 +11,8 @@
 constexpr int MOST_ROWS = 16;  // of a decode: with larger groups the tile kernel is faster, packing included
 
 INLINE int sums_stride(const Step& step) { return round_up(step.value_dim, PANEL); }
-INLINE size_t partial_floats(const Step& step, int rows) { return (size_t)rows * (sums_stride(step) + 2); }
+INLINE int sums_start(int rows) { return round_up(2 * rows, 16); }  // of V's, behind two numbers for each row: stores across lines of the cache cost twice
+INLINE size_t partial_floats(const Step& step, int rows) { return sums_start(rows) + (size_t)rows * sums_stride(step); }
 
 // Takes what is cut. Without room it only counts.
 struct WorkList {
