@@ -187,26 +187,26 @@ INLINE void load_query(const T* query, int dim, typename Dots<T>::Query* out) {
   if (d < dim) Dots<T>::keep(Dots<T>::load(query + d, dim - d), out + d);
 }
 
-// Scores of one query to weights, in place; their largest logit and their sum.
+// Scores of one query to weights, in place; their largest logit and their sum. The largest weight is 1, however large its score.
 INLINE void soften(float* x, int count, const Step& step, const float* slope, int first_distance, float* most, float* total) {
   const int columns = round_up(count, LANES);
-  const bool is_plain = step.softcap <= 0 && !slope && step.scale > 0;  // the largest score is the largest logit's, then
-  float factor = 1;
-  if (is_plain) {
+  float factor = 1, top;
+  if (step.softcap <= 0 && !slope && step.scale > 0) {  // logits are scores times a factor, and the largest score is the largest logit's
     factor = step.scale * LOG2E;
     for (int i = count; i < columns; i++) x[i] = MINUS_INFINITY;
     Floats lanes = load(x);
     for (int i = LANES; i < columns; i += LANES) lanes = larger(lanes, load(x + i));
-    *most = largest(lanes) * factor;
+    top = largest(lanes);
   } else {
-    *most = finish_scores(x, 0, count, columns, step, slope, first_distance);
+    top = finish_scores(x, 0, count, columns, step, slope, first_distance);
   }
   Floats lanes = {};
   for (int i = 0; i < columns; i += LANES) {
-    const Floats weight = exp2(fma(load(x + i), splat(factor), splat(-*most)));
+    const Floats weight = exp2((load(x + i) - splat(top)) * splat(factor));
     store(x + i, weight);
     lanes += weight;
   }
+  *most = top * factor;
   *total = sum(lanes);
 }
 
