@@ -42,9 +42,8 @@ INLINE int num_addresses(const Step& step) { return round_up(2 * most_turns(step
 
 // Where the item's turns lie in K or V: the first row of each, up to ``end``. Returns where the next address goes.
 template <class T>
-INLINE const T** turn_addresses(const T** turns, const T** end, const void* base, const int64_t* stride, const Step& step, const Item& item) {
+INLINE const T** turn_addresses(const T** turns, const T** end, const void* base, const int64_t* stride, const Step& step, const Item& item, int length) {
   const int32_t* table = step.tables + item.seq * step.table_stride;
-  const int length = turn_length(step);
   for (int position = item.low / length * length; position < item.high; position += length) {
     const T* row = (const T*)base + table[position / step.block_size] * stride[0] + item.kv_head * stride[1] + position % step.block_size * stride[2];
     for (int head = 0; head < item.heads && turns < end; head++) *turns++ = row + head * stride[1];
@@ -107,11 +106,11 @@ struct Turns {
 
   Turns(const Step& step, const Item& item, const Item* next, const T** memory) : at(memory), length(turn_length(step)), ahead(turns_ahead(step)), dim(step.key_dim) {
     const T** const most = memory + most_turns(step);
-    const T** end = turn_addresses(memory, most, step.key, step.key_stride, step, item);
+    const T** end = turn_addresses(memory, most, step.key, step.key_stride, step, item, length);
     count = (int)(end - memory);
-    end = turn_addresses(end, end + count, step.value, step.value_stride, step, item);
+    end = turn_addresses(end, end + count, step.value, step.value_stride, step, item, length);
     const T** const last = end + ahead + 1;
-    if (next) end = turn_addresses(end, last, step.key, step.key_stride, step, *next);
+    if (next) end = turn_addresses(end, last, step.key, step.key_stride, step, *next, length);
     std::fill(end, last, end[-1]);
   }
 
