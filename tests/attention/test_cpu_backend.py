@@ -167,14 +167,18 @@ def test_attend_negative_scale_turns_the_order_of_scores(build: str) -> None:
     torch.testing.assert_close(case.attend(CpuBackend(build=build), options).double(), dense_attention(case, options), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("build", RUNNABLE)
-def test_attend_huge_score_weighs_one(build: str, dtype: torch.dtype) -> None:
-    case = make_case(Geometry(1, 3, 64, 64, 16, dtype), [1], seq_lens=[1], generator=torch.Generator().manual_seed(5))
+def test_attend_huge_score_weighs_one(build: str, dtype: torch.dtype, num_tokens: int) -> None:
+    if build == "amx" and num_tokens > 1 and dtype is torch.bfloat16:
+        pytest.skip("its exponents are rounded before they are compared: a logit beyond 2^31 gives NaN, which the sampler refuses")
+    case = make_case(Geometry(1, 3, 64, 64, 16, dtype), [num_tokens], seq_lens=[num_tokens], generator=torch.Generator().manual_seed(5))
     case.query.fill_(6e4)
-    case.key.fill_(6e4)  # a logit of 3e10: what is rounded of it is more than what exp2 takes
+    case.key.fill_(1)
+    case.key[0] = 6e4  # a logit of 3e10: what is rounded of it is more than what exp2 takes
     actual = case.attend(CpuBackend(build=build), AttendOptions(Mask.causal(), 0.125))
-    torch.testing.assert_close(actual, case.value.expand(1, 3, 64))
+    torch.testing.assert_close(actual, case.value[:1].expand(num_tokens, 3, 64))
 
 
 # Scores that rise from position to position, or by far from one to the next: what was summed up before them is as good as nothing.

@@ -9,12 +9,12 @@
 
 #include "pairs.h"
 #include "rows.h"
-#include "softening.h"
 #include "tiles.h"
+#include "weighing.h"
 
 constexpr int PAIR_TILE_ROWS = 512;  // for which K and V are packed once
 constexpr int MOST_PACKED = 512;     // positions whose K and V are packed at once
-constexpr int LEAST_TOGETHER = 64;   // positions whose scores are in use at once
+constexpr int MOST_TOGETHER = 128;   // positions whose scores are in use at once
 constexpr int PACKED_AHEAD = 24;     // rows of K between the one that is packed and the one that is prefetched
 
 #if defined(PAIRS)
@@ -73,8 +73,8 @@ INLINE void pack_values(const bfloat16* const* rows, int columns, int dim, int w
 INLINE int packed_columns(int width) { return width <= 256 ? MOST_PACKED : width <= 512 ? MOST_PACKED / 2 : MOST_PACKED / 4; }
 INLINE int packed_rows(int width) { return width <= 512 ? PAIR_TILE_ROWS : PAIR_TILE_ROWS / 2; }
 
-// Positions whose scores are in use at once: few stay in the first-level cache, many read and write sums of V less often.
-INLINE int columns_together(int width) { return width <= 96 ? LEAST_TOGETHER : 2 * LEAST_TOGETHER; }
+// Few stay in the first-level cache, many read and write sums of V less often.
+INLINE int columns_together(int width) { return SCORE_BUFFERS == 1 && width <= 96 ? MOST_TOGETHER / 2 : MOST_TOGETHER; }
 
 struct PairScratch {
   int width, out_width;  // of K and V, rounded up
@@ -83,7 +83,7 @@ struct PairScratch {
   Pair* query;           // [rows / LANES][width / 2][LANES]
   bfloat16* key;         // [width / DEPTH][columns][DEPTH]
   bfloat16* value;       // [columns / DEPTH][out_width][DEPTH]
-  float* scores;         // [2][together][LANES]
+  float* scores;         // [SCORE_BUFFERS][2][together][LANES]
   Pair* weights;         // [2][2][together / 2][LANES], of a part and of the last
   float* out;            // [rows / LANES][out_width][LANES]
   Block* blocks;         // [rows / LANES]
@@ -101,7 +101,7 @@ struct PairScratch {
     query = (Pair*)take((size_t)rows * width / 2 * sizeof(Pair));
     key = (bfloat16*)take((size_t)columns * width * sizeof(bfloat16));
     value = (bfloat16*)take((size_t)columns * out_width * sizeof(bfloat16));
-    scores = (float*)take(2 * together * LANES * sizeof(float));
+    scores = (float*)take(SCORE_BUFFERS * 2 * together * LANES * sizeof(float));
     weights = (Pair*)take(2 * together * LANES * sizeof(Pair));
     out = (float*)take((size_t)rows * out_width * sizeof(float));
   }
@@ -115,7 +115,7 @@ struct Part {
 };
 
 // The packed positions [begin, end), counted from ``tile``, that blocks of rows see, ``BLOCKS`` of these at a time. While weights are made of one part's scores, the
-// products before and behind it are made: what the last part adds to the result, and the next part's scores, which take the place of those that are weights already.
+// products before and behind it are made: what the last part adds to the result, and the next part's scores.
 template <int BLOCKS>
 struct Stream {
   const Step& step;
@@ -123,7 +123,7 @@ struct Stream {
   const int tile;
 
   float* out(const Part& part) const { return scratch.out + (size_t)part.number * scratch.out_width * LANES; }
-  float* scores(int block) const { return scratch.scores + block * scratch.together * LANES; }
+  float* scores(int number, int block) const { return scratch.scores + (number % SCORE_BUFFERS * 2 + block) * scratch.together * LANES; }
   Pair* weights(int number, int block) const { return scratch.weights + (number % 2 * 2 + block) * scratch.together / 2 * LANES; }
 
   int cut(int first_block, int end_block, int begin, int end, Part* parts) const {
@@ -140,51 +140,29 @@ struct Stream {
     return count;
   }
 
-  PairProduct score(const Part& part) const {
+  PairProduct score(const Part& part, int number) const {
     const size_t stride = scratch.width / 2 * LANES;
-    return {scratch.key + part.from * DEPTH, (size_t)scratch.columns * DEPTH, scratch.query + part.number * stride, stride, scores(0), (size_t)scratch.together * LANES, part.columns, scratch.width, false};
+    return {scratch.key + part.from * DEPTH, (size_t)scratch.columns * DEPTH, scratch.query + part.number * stride, stride, scores(number, 0), (size_t)scratch.together * LANES, part.columns, scratch.width, false};
   }
   PairProduct add_values(const Part& part, int number) const {
     const int width = scratch.out_width;
     return {scratch.value + part.from * width, (size_t)width * DEPTH, weights(number, 0), (size_t)scratch.together / 2 * LANES, out(part), (size_t)width * LANES, width, part.columns, true};
   }
 
-  // The pieces of ``STEPS`` steps that belong beside one of the turns below.
-  template <int STEPS, int TURN>
-  static inline __attribute__((always_inline)) void multiply_beside(const PairStep& a, const PairStep& b) {
-    constexpr int pieces = 2 * BLOCKS, first = STEPS * TURN % pieces;
-    const PairStep& step = STEPS * TURN < pieces ? a : b;
-    if constexpr (STEPS > 0) multiply_piece<first>(step);
-    if constexpr (STEPS > 1) multiply_piece<first + 1>(step);
+  Scores block_scores(const Part& part, int number, int b) const {
+    return {scores(number, b), part.columns, tile + part.from, score_factor(step), is_bent(step)};
   }
 
-  // Eight columns, four of a block at a turn, and beside them some steps.
-  template <bool HIDDEN, int STEPS>
-  static inline __attribute__((always_inline)) void weigh_beside(Softening& low, Softening& high, int t, Pair* low_weights, Pair* high_weights, PairSteps& steps) {
-    PairStep a, b;
-    if constexpr (STEPS > 0) a = steps.next();
-    if constexpr (STEPS > 1) b = steps.next();
-    low.template weigh<HIDDEN>(t, low_weights);
-    multiply_beside<STEPS, 0>(a, b);
-    if constexpr (BLOCKS == 2) high.template weigh<HIDDEN>(t, high_weights);
-    if constexpr (BLOCKS == 2) multiply_beside<STEPS, 1>(a, b);
-    low.template weigh<HIDDEN>(t + 4, low_weights);
-    multiply_beside<STEPS, BLOCKS>(a, b);
-    if constexpr (BLOCKS == 2) high.template weigh<HIDDEN>(t + 4, high_weights);
-    if constexpr (BLOCKS == 2) multiply_beside<STEPS, 3>(a, b);
-  }
-
-  Scores block_scores(const Part& part, int b) const {
-    const bool bent = is_bent(step);
-    return {scores(b), part.columns, tile + part.from, bent ? 1.f : step.scale * LOG2E, bent};
+  inline __attribute__((always_inline)) Softening softening(const Part& part, int number, int b) const {
+    return {block_scores(part, number, b), scratch.blocks[part.number + b], weights(number, b)};
   }
 
   // Scores of a block to logits where the scale alone does not make them, and what exponents count from to where these need it, if that is in doubt. Whether it moved.
-  inline __attribute__((always_inline)) bool prepare(const Part& part, int b, bool doubtful) const {
+  inline __attribute__((always_inline)) bool prepare(const Part& part, int number, int b, bool doubtful) const {
     Block& block = scratch.blocks[part.number + b];
     const bool bent = is_bent(step);
-    if (bent) bend(scores(b), part.columns, step, block, tile + part.from);
-    return (doubtful || bent || block.is_new()) && raise(block_scores(part, b), block);
+    if (bent) bend(scores(number, b), part.columns, step, block, tile + part.from);
+    return (doubtful || bent || block.is_new()) && raise(block_scores(part, number, b), block);
   }
   __attribute__((noinline)) void shrink_sums(const Part& part, int b) const {
     const Floats shrink = scratch.blocks[part.number + b].shrink;
@@ -198,54 +176,39 @@ struct Stream {
     PairProduct products[2];
     int count = 0;
     if (last) products[count++] = add_values(*last, number - 1);
-    if (next) products[count++] = score(*next);
-    PairSteps steps(products, count);
-    const bool low_moved = prepare(part, 0, false), high_moved = BLOCKS == 2 && prepare(part, 1, false);
-    Block* blocks = scratch.blocks + part.number;
-    Softening low(block_scores(part, 0), blocks[0]), high(block_scores(part, BLOCKS - 1), blocks[BLOCKS - 1]);
-    Pair *low_weights = weights(number, 0), *high_weights = weights(number, BLOCKS - 1);
-    const int num_steps = steps.num_left(), units = part.columns / 8;
-    for (int t = 0, due = num_steps; t < part.columns; t += 8, due += num_steps) {
-      if (due < units) {
-        weigh_beside<HIDDEN, 0>(low, high, t, low_weights, high_weights, steps);
-      } else if (due < 2 * units) {
-        weigh_beside<HIDDEN, 1>(low, high, t, low_weights, high_weights, steps);
-        due -= units;
-      } else {
-        weigh_beside<HIDDEN, 2>(low, high, t, low_weights, high_weights, steps);
-        for (due -= 2 * units; due >= units; due -= units) multiply_step<BLOCKS>(steps.next());
-      }
-    }
-    steps.template finish<BLOCKS>();
-    settle();
+    if (next) products[count++] = score(*next, number + 1);
+    const bool low_moved = prepare(part, number, 0, false), high_moved = BLOCKS == 2 && prepare(part, number, 1, false);
+    Softening low = softening(part, number, 0), high = softening(part, number, BLOCKS - 1);
+    weigh_beside<HIDDEN, BLOCKS>(low, high, part.columns, products, count);
     if (low_moved) shrink_sums(part, 0);
     if (high_moved) shrink_sums(part, 1);
     if (__builtin_expect(low.is_exceeded() | (BLOCKS == 2 && high.is_exceeded()), 0)) return weigh_again(part, number, next);
+    Block* blocks = scratch.blocks + part.number;
     blocks[0].sum += low.total();
     if (BLOCKS == 2) blocks[1].sum += high.total();
   }
 
-  // Where weights have grown too large they are made again, of scores that are made again, too: the next part's have taken their place.
+  // Where weights have grown too large they are made again; so are their scores, if the next part's have taken their place.
   __attribute__((noinline)) void weigh_again(const Part& part, int number, const Part* next) const {
-    multiply<BLOCKS>(score(part));
+    if (SCORE_BUFFERS == 1) multiply<BLOCKS>(score(part, number));
     for (int b = 0; b < BLOCKS; b++) {
-      if (prepare(part, b, true)) shrink_sums(part, b);
-      Softening soft(block_scores(part, b), scratch.blocks[part.number + b]);
-      for (int t = 0; t < part.columns; t += 4) soft.template weigh<true>(t, weights(number, b));
+      if (prepare(part, number, b, true)) shrink_sums(part, b);
+      Softening soft = softening(part, number, b);
+      weigh<true>(soft, part.columns);
       scratch.blocks[part.number + b].sum += soft.total();
     }
-    if (next) multiply<BLOCKS>(score(*next));
+    if (SCORE_BUFFERS == 1 && next) multiply<BLOCKS>(score(*next, number + 1));
   }
 
   void run(const Part* parts, int count) const {
     if (count == 0) return;
-    multiply<BLOCKS>(score(parts[0]));
+    multiply<BLOCKS>(score(parts[0], 0));
     for (int i = 0; i < count; i++) {
       const Part *last = i > 0 ? parts + i - 1 : nullptr, *next = i + 1 < count ? parts + i + 1 : nullptr;
-      const Part* beside = next && next->columns <= parts[i].columns ? next : nullptr;  // whose scores have place where those of the part are in use no more
+      const Part* beside = next && (SCORE_BUFFERS > 1 || next->columns <= parts[i].columns) ? next : nullptr;  // whose scores have a place
       if (parts[i].is_hidden) soften<true>(parts[i], i, last, beside);
       else soften<false>(parts[i], i, last, beside);
-      if (next != beside) multiply<BLOCKS>(score(*next));
+      if (next != beside) multiply<BLOCKS>(score(*next, i + 1));
     }
     multiply<BLOCKS>(add_values(parts[count - 1], count - 1));
   }
@@ -253,7 +216,7 @@ struct Stream {
 
 template <int BLOCKS>
 static void attend_blocks(const Step& step, const PairScratch& scratch, int first_block, int end_block, int tile, int begin, int end) {
-  Part parts[PAIR_TILE_ROWS / LANES / BLOCKS * MOST_PACKED / LEAST_TOGETHER];
+  Part parts[PAIR_TILE_ROWS / LANES / BLOCKS * MOST_PACKED / (MOST_TOGETHER / 2)];
   const Stream<BLOCKS> stream = {step, scratch, tile};
   stream.run(parts, stream.cut(first_block, end_block, begin, end, parts));
 }
@@ -271,18 +234,19 @@ static void begin_rows(const Step& step, const Item& item, const PairScratch& sc
     block.first[lane] = first > item.low ? first : item.low;
     block.last[lane] = position < item.high ? position + 1 : item.high;
     block.slope[lane] = step.slopes ? step.slopes[head] * LOG2E : 0.f;
-    block.most[lane] = MINUS_INFINITY;
+    block.top[lane] = MINUS_INFINITY;
     block.sum[lane] = 0;
   }
   pack_queries(rows, num_rows, step.key_dim, scratch.width, scratch.query);
   memset(scratch.out, 0, (size_t)num_rows * scratch.out_width * sizeof(float));
 }
 
-static void end_rows(const Item& item, const PairScratch& scratch, Sums sums) {
+static void end_rows(const Step& step, const Item& item, const PairScratch& scratch, Sums sums) {
   for (int b = 0; b * LANES < item.num_rows; b++) {
     const int left = item.num_rows - b * LANES, count = left < LANES ? left : LANES;
+    const Floats most = Exponents::logit(scratch.blocks[b].top, score_factor(step));
     for (int i = 0; i < count; i++) {
-      sums.most[b * LANES + i] = scratch.blocks[b].most[i];
+      sums.most[b * LANES + i] = most[i];
       sums.sum[b * LANES + i] = scratch.blocks[b].sum[i];
     }
     for (int d = 0; d < scratch.out_width; d += LANES) {
@@ -313,7 +277,7 @@ static void attend_pairs(const Step& step, const Item& item, float* memory, Sums
     attend_blocks<2>(step, scratch, 0, paired, tile, begin, end);
     attend_blocks<1>(step, scratch, paired, num_blocks, tile, begin, end);
   }
-  end_rows(item, scratch, sums);
+  end_rows(step, item, scratch, sums);
 }
 
 #endif

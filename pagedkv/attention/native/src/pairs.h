@@ -2,9 +2,10 @@
 //
 // Left operands lie in panels [depth / DEPTH][rows][DEPTH]. Right operands are packed in pairs, [depth / 2][LANES]: a lane is a column of the product.
 //
-// Tiles have a unit of their own, but a processor looks ahead by some hundred instructions only. So products are made step by step and a step in pieces, and between the
-// pieces other work can be done.
+// A processor looks ahead by some hundred instructions only. So products are made step by step, and between the steps other work can be done.
 #pragma once
+
+#include <utility>
 
 #include "lanes.h"
 
@@ -164,67 +165,6 @@ class PairSteps {
 #undef BEGIN
 #undef LEAVE
 
-#else
-
-struct Tiles {
-  ~Tiles() {}
-};
-
-template <int BLOCKS>
-static void multiply_pairs(const PairProduct& p) {
-  const bfloat16* left = p.left;
-  float* out = p.out;
-  constexpr int AT_ONCE = 8;
-  for (int m = 0; m < p.rows; m += AT_ONCE, left += AT_ONCE * DEPTH, out += AT_ONCE * LANES) {
-    __m512 sums[AT_ONCE][BLOCKS];
-#pragma GCC unroll 8
-    for (int r = 0; r < AT_ONCE; r++)
-#pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; b++) sums[r][b] = p.add ? _mm512_loadu_ps(out + b * p.out_stride + r * LANES) : _mm512_setzero_ps();
-    for (int k = 0; k < p.depth; k += 2) {
-      __m512bh columns[BLOCKS];
-#pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; b++) columns[b] = (__m512bh)_mm512_loadu_si512(p.right + b * p.right_stride + k / 2 * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < AT_ONCE; r++) {
-        int pair;
-        memcpy(&pair, left + k / DEPTH * p.panel + r * DEPTH + k % DEPTH, sizeof pair);
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-        for (int b = 0; b < BLOCKS; b++) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], x, columns[b]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < AT_ONCE; r++)
-#pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; b++) _mm512_storeu_ps(out + b * p.out_stride + r * LANES, sums[r][b]);
-  }
-}
-
-// Nothing goes on beside other work here: all is done in the end.
-struct PairStep {};
-
-template <int PIECE>
-INLINE void multiply_piece(const PairStep&) {}
-
-class PairSteps {
- public:
-  PairSteps(const PairProduct* products, int count) : products(products), count(count) {}
-  int num_left() const { return 0; }
-  PairStep next() { return {}; }
-
-  template <int BLOCKS>
-  void finish() const {
-    for (int i = 0; i < count; i++) multiply_pairs<BLOCKS>(products[i]);
-  }
-
- private:
-  const PairProduct* products;
-  int count;
-};
-
-#endif
-
 // All pieces of a step at once.
 template <int BLOCKS>
 INLINE void multiply_step(const PairStep& step) {
@@ -245,5 +185,76 @@ INLINE void multiply(const PairProduct& product) {
   steps.finish<BLOCKS>();
   settle();
 }
+
+#else
+
+struct Tiles {
+  ~Tiles() {}
+};
+
+constexpr int AT_ONCE = 8;                 // rows of the left operand: with two blocks, half of the registers hold their sums
+constexpr int DEPTH_STEPS = DEPTH / 2;
+
+template <int STEP, int BLOCKS, class Beside>
+INLINE void multiply_pair(const bfloat16* left, const Pair* right, size_t right_stride, __m512 (&sums)[AT_ONCE][BLOCKS], Beside& beside) {
+  __m512bh columns[BLOCKS];
+#pragma GCC unroll 2
+  for (int b = 0; b < BLOCKS; b++) columns[b] = (__m512bh)_mm512_loadu_si512(right + b * right_stride + STEP * LANES);
+#pragma GCC unroll 8
+  for (int r = 0; r < AT_ONCE; r++) {
+    int pair;
+    memcpy(&pair, left + r * DEPTH + 2 * STEP, sizeof pair);
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+    for (int b = 0; b < BLOCKS; b++) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], x, columns[b]);
+  }
+  beside.template step<STEP>();
+}
+
+template <int BLOCKS, class Beside, size_t... STEPS>
+INLINE void multiply_depth(const bfloat16* left, const Pair* right, size_t right_stride, __m512 (&sums)[AT_ONCE][BLOCKS], Beside& beside, std::index_sequence<STEPS...>) {
+  (multiply_pair<STEPS, BLOCKS>(left, right, right_stride, sums, beside), ...);
+  beside.end();
+}
+
+struct Nothing {
+  bool is_left() const { return false; }
+  template <int STEP>
+  void step() {}
+  void end() {}
+};
+
+// A whole product, and beside it as much other work as there is: a step of it behind each of DEPTH_STEPS pairs of the inner dimension, then its end.
+template <int BLOCKS, class Beside>
+INLINE void multiply_beside(const PairProduct& p, Beside& beside) {
+  constexpr auto steps = std::make_index_sequence<DEPTH_STEPS>();
+  for (int m = 0; m < p.rows; m += AT_ONCE) {
+    float* out = p.out + m * LANES;
+    __m512 sums[AT_ONCE][BLOCKS];
+#pragma GCC unroll 8
+    for (int r = 0; r < AT_ONCE; r++)
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; b++) sums[r][b] = p.add ? _mm512_loadu_ps(out + b * p.out_stride + r * LANES) : _mm512_setzero_ps();
+    const bfloat16* left = p.left + m * DEPTH;
+    const Pair* right = p.right;
+    for (int k = 0; k < p.depth; k += DEPTH, left += p.panel, right += DEPTH_STEPS * LANES) {
+      Nothing nothing;
+      if (beside.is_left()) multiply_depth<BLOCKS>(left, right, p.right_stride, sums, beside, steps);
+      else multiply_depth<BLOCKS>(left, right, p.right_stride, sums, nothing, steps);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < AT_ONCE; r++)
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; b++) _mm512_storeu_ps(out + b * p.out_stride + r * LANES, sums[r][b]);
+  }
+}
+
+template <int BLOCKS>
+static void multiply(const PairProduct& p) {
+  Nothing nothing;
+  multiply_beside<BLOCKS>(p, nothing);
+}
+
+#endif
 
 #endif
