@@ -66,7 +66,7 @@ class Waiting {
     done = 0;
   }
   inline __attribute__((always_inline)) void finish_some(int most) {
-    for (; most > 0 && done < num_rows; most--, done++) finish(panel, first_row + done, sums[place][done]);
+    for (; most > 0 && done < num_rows; most--, done++) finish(panel, first_row + done, 1, sums[place] + done);
   }
 
  private:
@@ -115,7 +115,7 @@ INLINE void multiply_tiles(const bfloat16* x, int64_t num_inputs, const Pair* we
   settle();
 }
 
-// Calls ``finish(panel, row, sums)`` for each row of x and each of some panels. A block of rows stays in the innermost cache meanwhile, and results of a row are written
+// Calls ``finish(panel, row, count, sums)`` for all rows of x, some at a time, and each of some panels. A block of rows stays in the innermost cache meanwhile, and results of a row are written
 // side by side.
 template <class Finish>
 INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, int num_panels, Finish finish) {
@@ -176,13 +176,16 @@ INLINE void multiply_some(const bfloat16* x, int rows, int64_t num_inputs, const
 template <class Finish>
 INLINE void multiply_blocks(const bfloat16* x, int64_t num_rows, int64_t num_inputs, const Pair* weight, int num_panels, Finish finish) {
   alignas(64) PanelSums sums[ROWS_TOGETHER];
-  const int64_t panel_pairs = num_inputs / DEPTH * 2 * TILE_PAIRS;
-  Ahead ahead(weight, panel_pairs, num_panels, (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER);
-  for (int64_t row = 0; row < num_rows; row += ROWS_TOGETHER) {
-    const int rows = (int)std::min<int64_t>(num_rows - row, ROWS_TOGETHER);
+  const int64_t panel_pairs = num_inputs / DEPTH * 2 * TILE_PAIRS, num_blocks = (num_rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
+  Ahead ahead(weight, panel_pairs, num_panels, num_blocks);
+  // Blocks of about the same size: of a few rows alone, the multiplications would wait for each other.
+  const auto first_row = [&](int64_t block) { return num_rows * block / num_blocks; };
+  for (int64_t block = 0; block < num_blocks; block++) {
+    const int64_t row = first_row(block);
+    const int rows = (int)(first_row(block + 1) - row);
     for (int panel = 0; panel < num_panels; panel++) {
       multiply_some(x + row * num_inputs, rows, num_inputs, weight + panel * panel_pairs, ahead, sums);
-      for (int r = 0; r < rows; r++) finish(panel, row + r, sums[r]);
+      finish(panel, row, rows, sums);
     }
   }
 }
@@ -201,17 +204,32 @@ INLINE void finish_outputs(const Product& p, const float* sums, int64_t row, int
   else store_part((bfloat16*)p.out + place, result, count);
 }
 
-// The same of sixteen outputs of each half, rounded before and after the gate as the model's code does it.
-INLINE void finish_gated(const Product& p, const PanelSums& sums, int64_t row, int64_t output) {
+// The same of sixteen outputs of each half, rounded before and after the gate as the model's code does it. Some rows at once: one alone waits for most of its instructions.
+template <int ROWS>
+INLINE void finish_gated_rows(const Product& p, const PanelSums* sums, int64_t row, int64_t output) {
   const int64_t half = p.num_outputs / 2;
-  Floats gate = load(sums[0]), up = load(sums[1]);
-  if (p.bias) {
-    gate += load(p.bias + output);
-    up += load(p.bias + half + output);
+  Floats gate[ROWS], up[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    gate[r] = load(sums[r][0]);
+    up[r] = load(sums[r][1]);
+    if (p.bias) {
+      gate[r] += load(p.bias + output);
+      up[r] += load(p.bias + half + output);
+    }
+    gate[r] = Rounded<bfloat16>::of(gate[r]);
+    up[r] = Rounded<bfloat16>::of(up[r]);
   }
-  gate = Rounded<bfloat16>::of(gate);
-  gate = Rounded<bfloat16>::of(p.gate == SILU ? silu(gate) : gelu_tanh(gate));
-  store((bfloat16*)p.out + row * half + output, gate * Rounded<bfloat16>::of(up));
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) gate[r] = Rounded<bfloat16>::of(p.gate == SILU ? silu(gate[r]) : gelu_tanh(gate[r]));
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) store((bfloat16*)p.out + (row + r) * half + output, gate[r] * up[r]);
+}
+
+INLINE void finish_gated(const Product& p, const PanelSums* sums, int64_t row, int count, int64_t output) {
+  int r = 0;
+  for (; r + 3 <= count; r += 3) finish_gated_rows<3>(p, sums + r, row + r, output);
+  for (; r < count; r++) finish_gated_rows<1>(p, sums + r, row + r, output);
 }
 
 // One row's sums of 32 outputs that lie side by side: a whole line of memory at once.
@@ -234,16 +252,22 @@ static void multiply_pair_panels(const Product& p, int64_t first_panel, int num_
   const Pair* weight = (const Pair*)p.weight + first_panel * (p.num_inputs / DEPTH) * 2 * TILE_PAIRS;
   const bfloat16* x = (const bfloat16*)p.x + first_row * p.num_inputs;
   const auto multiply = [&](auto finish) {
-    multiply_blocks(x, num_rows, p.num_inputs, weight, num_panels,
-                    [&](int panel, int64_t row, const PanelSums& sums) { finish(sums, first_row + row, (first_panel + panel) * (p.halves ? TILE : 2 * TILE)); });
-  };
-  if (p.gate >= 0) multiply([&](const PanelSums& sums, int64_t row, int64_t output) { finish_gated(p, sums, row, output); });
-  else if (p.halves || (first_panel + num_panels) * 2 * TILE > p.num_outputs)
-    multiply([&](const PanelSums& sums, int64_t row, int64_t output) {
-      finish_outputs(p, sums[0], row, output);
-      finish_outputs(p, sums[1], row, output + (p.halves ? p.num_outputs / 2 : TILE));
+    multiply_blocks(x, num_rows, p.num_inputs, weight, num_panels, [&](int panel, int64_t row, int count, const PanelSums* sums) {
+      finish(sums, first_row + row, count, (first_panel + panel) * (p.halves ? TILE : 2 * TILE));
     });
-  else multiply([&](const PanelSums& sums, int64_t row, int64_t output) { finish_line(p, sums, row, output); });
+  };
+  if (p.gate >= 0) multiply([&](const PanelSums* sums, int64_t row, int count, int64_t output) { finish_gated(p, sums, row, count, output); });
+  else if (p.halves || (first_panel + num_panels) * 2 * TILE > p.num_outputs)
+    multiply([&](const PanelSums* sums, int64_t row, int count, int64_t output) {
+      for (int r = 0; r < count; r++) {
+        finish_outputs(p, sums[r][0], row + r, output);
+        finish_outputs(p, sums[r][1], row + r, output + (p.halves ? p.num_outputs / 2 : TILE));
+      }
+    });
+  else
+    multiply([&](const PanelSums* sums, int64_t row, int count, int64_t output) {
+      for (int r = 0; r < count; r++) finish_line(p, sums[r], row + r, output);
+    });
 }
 
 // Panels that a block of rows passes before the next block comes: several where there are many blocks and one stays in the innermost cache, so that what is written of a
