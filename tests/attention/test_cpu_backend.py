@@ -181,6 +181,18 @@ def test_attend_huge_score_weighs_one(build: str, dtype: torch.dtype, num_tokens
     torch.testing.assert_close(actual, case.value[:1].expand(num_tokens, 3, 64))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("build", RUNNABLE)
+def test_attend_scores_of_minus_infinity_weigh_nothing(build: str, dtype: torch.dtype) -> None:
+    case = make_case(Geometry(1, 3, 64, 64, 16, dtype), [40], seq_lens=[40], generator=torch.Generator().manual_seed(5))
+    case.query.fill_(1)
+    case.key.fill_(0)
+    case.key[0, 0, 0] = -torch.inf
+    actual = case.attend(CpuBackend(build=build), AttendOptions(Mask.causal(), 0.125))
+    assert actual[0].isnan().all()  # it sees nothing else
+    torch.testing.assert_close(actual[1], case.value[1].expand(3, 64))
+
+
 # Scores that rise from position to position, or by far from one to the next: what was summed up before them is as good as nothing.
 RISING = [pytest.param(4.0, 0.0, id="apart"), pytest.param(0.125, 0.6, id="steadily"), pytest.param(0.125, 0.02, id="slowly")]
 

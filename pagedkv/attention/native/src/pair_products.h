@@ -209,7 +209,7 @@ template <int ROWS>
 INLINE void finish_gated_rows(const Product& p, const PanelSums* sums, int64_t row, int64_t output) {
   const int64_t half = p.num_outputs / 2;
   Floats gate[ROWS], up[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 3
   for (int r = 0; r < ROWS; r++) {
     gate[r] = load(sums[r][0]);
     up[r] = load(sums[r][1]);
@@ -220,9 +220,9 @@ INLINE void finish_gated_rows(const Product& p, const PanelSums* sums, int64_t r
     gate[r] = Rounded<bfloat16>::of(gate[r]);
     up[r] = Rounded<bfloat16>::of(up[r]);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 3
   for (int r = 0; r < ROWS; r++) gate[r] = Rounded<bfloat16>::of(p.gate == SILU ? silu(gate[r]) : gelu_tanh(gate[r]));
-#pragma GCC unroll 4
+#pragma GCC unroll 3
   for (int r = 0; r < ROWS; r++) store((bfloat16*)p.out + (row + r) * half + output, gate[r] * up[r]);
 }
 

@@ -73,7 +73,7 @@ INLINE void pack_values(const bfloat16* const* rows, int columns, int dim, int w
 INLINE int packed_columns(int width) { return width <= 256 ? MOST_PACKED : width <= 512 ? MOST_PACKED / 2 : MOST_PACKED / 4; }
 INLINE int packed_rows(int width) { return width <= 512 ? PAIR_TILE_ROWS : PAIR_TILE_ROWS / 2; }
 
-// Few stay in the first-level cache, many read and write sums of V less often.
+// Few stay in the first-level cache, many read and write sums of V less often. Where scores of two parts are kept there is no room for them in that cache either way.
 INLINE int columns_together(int width) { return SCORE_BUFFERS == 1 && width <= 96 ? MOST_TOGETHER / 2 : MOST_TOGETHER; }
 
 struct PairScratch {
@@ -158,11 +158,11 @@ struct Stream {
   }
 
   // Scores of a block to logits where the scale alone does not make them, and what exponents count from to where these need it, if that is in doubt. Whether it moved.
-  inline __attribute__((always_inline)) bool prepare(const Part& part, int number, int b, bool doubtful) const {
+  inline __attribute__((always_inline)) bool prepare(const Part& part, int number, int b) const {
     Block& block = scratch.blocks[part.number + b];
     const bool bent = is_bent(step);
     if (bent) bend(scores(number, b), part.columns, step, block, tile + part.from);
-    return (doubtful || bent || block.is_new()) && raise(block_scores(part, number, b), block);
+    return (bent || block.is_new()) && raise(block_scores(part, number, b), block);
   }
   __attribute__((noinline)) void shrink_sums(const Part& part, int b) const {
     const Floats shrink = scratch.blocks[part.number + b].shrink;
@@ -177,7 +177,7 @@ struct Stream {
     int count = 0;
     if (last) products[count++] = add_values(*last, number - 1);
     if (next) products[count++] = score(*next, number + 1);
-    const bool low_moved = prepare(part, number, 0, false), high_moved = BLOCKS == 2 && prepare(part, number, 1, false);
+    const bool low_moved = prepare(part, number, 0), high_moved = BLOCKS == 2 && prepare(part, number, 1);
     Softening low = softening(part, number, 0), high = softening(part, number, BLOCKS - 1);
     weigh_beside<HIDDEN, BLOCKS>(low, high, part.columns, products, count);
     if (low_moved) shrink_sums(part, 0);
@@ -188,11 +188,11 @@ struct Stream {
     if (BLOCKS == 2) blocks[1].sum += high.total();
   }
 
-  // Where weights have grown too large they are made again; so are their scores, if the next part's have taken their place.
+  // Where weights have grown too large they are made again; so are their scores, if the next part's have taken their place. (Weights of bent scores never are.)
   __attribute__((noinline)) void weigh_again(const Part& part, int number, const Part* next) const {
     if (SCORE_BUFFERS == 1) multiply<BLOCKS>(score(part, number));
     for (int b = 0; b < BLOCKS; b++) {
-      if (prepare(part, number, b, true)) shrink_sums(part, b);
+      if (raise(block_scores(part, number, b), scratch.blocks[part.number + b])) shrink_sums(part, b);
       Softening soft = softening(part, number, b);
       weigh<true>(soft, part.columns);
       scratch.blocks[part.number + b].sum += soft.total();

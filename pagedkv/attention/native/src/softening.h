@@ -6,8 +6,9 @@
 
 #if defined(PAIRS)
 
-// Exponents count from a point that is SLACK above the largest logit in base 2 (the ``top``), and move only when one is so far above it that its weight is MOST_WEIGHT: that is seldom.
-constexpr float SLACK = 30, MOST_WEIGHT = 2;
+// Exponents count from a point that is SLACK above the logit in base 2 of the ``top``, once a row's largest score. It moves only when a score is so far above it that its weight
+// is MOST_WEIGHT, its exponent MOST_EXPONENT: that is seldom.
+constexpr float SLACK = 30, MOST_WEIGHT = 2, MOST_EXPONENT = 1;
 
 // 2^x for x from 0 to 1, relative error 1e-4: a weight is rounded to bfloat16 next. A polynomial of degree 3 that is exact at 0 and 1.
 constexpr float POWER[] = {1.f, 6.9542435e-1f, 2.2630768e-1f, 7.826797e-2f};
@@ -32,11 +33,13 @@ struct Exponents {
 
   inline __attribute__((always_inline)) Floats of(Floats x) const { return fma(x, factor, -from); }
   static Floats between(Floats top, Floats now, float factor) { return logit(top, factor) - logit(now, factor); }
+  Ints are_exceeded_by(Floats largest) const { return weight_of(of(largest)) >= splat(MOST_WEIGHT); }
 #else
   Exponents(Floats top, float factor) : factor(splat(factor)), from(top == splat(MINUS_INFINITY) ? Floats{} : top) {}
 
   inline __attribute__((always_inline)) Floats of(Floats x) const { return fma(x - from, factor, splat(-SLACK)); }
   static Floats between(Floats top, Floats now, float factor) { return (top - now) * splat(factor); }
+  Ints are_exceeded_by(Floats largest) const { return of(largest) >= splat(MOST_EXPONENT); }
 #endif
   // What exponents count from, in base 2.
   static Floats logit(Floats top, float factor) { return fma(top, splat(factor), splat(SLACK)); }
@@ -44,7 +47,7 @@ struct Exponents {
 
 // Sixteen rows' sums so far; a lane is a row.
 struct Block {
-  Floats top, sum;   // ``top``: the score that exponents count from
+  Floats top, sum;
   Floats shrink;     // of the sums of V, where ``top`` has moved
   Ints first, last;  // positions that each row sees; the last not included
   Ints position;
@@ -90,7 +93,7 @@ static __attribute__((noinline)) bool raise(const Scores& scores, Block& block) 
   Floats largest = nothing;
   for (int t = 0; t < scores.columns; t++)
     largest = (Floats)_mm512_mask_max_ps((__m512)largest, Scores::seen(low, high, t), (__m512)largest, (__m512)load(scores.x + t * LANES));
-  const Ints far = scores.bent ? largest > block.top : weight_of(Exponents(block.top, scores.factor).of(largest)) >= splat(MOST_WEIGHT);
+  const Ints far = scores.bent ? largest > block.top : Exponents(block.top, scores.factor).are_exceeded_by(largest);
   const Ints above = far | ((block.top == nothing) & (largest != nothing));
   const Floats now = above ? largest : block.top;
   block.shrink = above ? exp2(Exponents::between(block.top, now, scores.factor)) : splat(1.f);

@@ -110,16 +110,15 @@ struct Softening {
   Softening(const Scores& scores, const Block& block, Pair* weights)
       : x(scores.x), weights(weights), low(block.first - scores.tile), high(block.last - scores.tile), exponents(block.top, scores.factor) {}
 
-  // Whether some weight is MOST_WEIGHT or more.
-  bool is_exceeded() const { return _mm512_cmp_ps_mask((__m512)most, _mm512_set1_ps(1), _CMP_GE_OQ); }
+  bool is_exceeded() const { return _mm512_cmp_ps_mask((__m512)most, _mm512_set1_ps(MOST_EXPONENT), _CMP_GE_OQ); }
   Floats total() const { return sum; }
 };
 
-constexpr float LEAST_EXPONENT = -126;  // of a number that is not denormal: less weighs as little
+constexpr float LEAST_EXPONENT = -127;  // of zero, as numbers are written: what is further down weighs nothing
 constexpr int STAGES = 4;               // from a score to its weight, each behind a pair of a product's inner dimension: what one of them needs is ready then
 
-// Weights of ``columns`` scores of one or two blocks, made one at a time in stages of a few instructions that do not wait. Of these no more than four are of the kind that
-// multiplies: others have units of their own (on Zen 5 scalef and reduce have not).
+// Weights of ``columns`` scores of one or two blocks, made one at a time in stages of a few instructions that do not wait. No more than four of all are of the kind that
+// multiplies. The others run on units that products leave free; on Zen 5 that is not so for scalef and reduce, which would be fewer.
 template <bool HIDDEN, int BLOCKS>
 class Weighing {
  public:
