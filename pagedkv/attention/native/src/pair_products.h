@@ -20,7 +20,7 @@ typedef float PanelSums[2][LANES];
 
 // The hint with which weights are asked for that are used once. Without AMX they go past the outer caches: steps of up to twelve streams were 5 to 9 %
 // shorter for it on Zen 5. With AMX that was not tried.
-#if defined(__AMX_TILE__)
+#if defined(TILES)
 constexpr int ONCE = 2;
 #else
 constexpr int ONCE = 0;
@@ -44,7 +44,7 @@ struct Ahead {
   static constexpr int NEAR = 8 * TILE_PAIRS;
 };
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(TILES)
 
 constexpr int ROWS_TOGETHER = 2 * TILE;  // of x, multiplied with both tiles of a panel at once
 

@@ -4,7 +4,7 @@
 
 #include "pair_tiles.h"
 
-#if defined(PAIRS) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(TILES)
 #define PAIR_ROWS
 
 constexpr int BLOCK_ROWS = 16;       // of one tile of K

@@ -11,6 +11,9 @@
 
 #if defined(__AVX512BF16__) && LANES == 16
 #define PAIRS
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define TILES
+#endif
 
 typedef uint32_t Pair;  // the element of the even row below, of the odd row above
 
@@ -55,10 +58,10 @@ struct PairProduct {
   bool add;
 };
 
+#if defined(TILES)
+
 // Compilers do not know that tiles are loaded from memory and stored there: this stands between these and all else that uses the same memory.
 INLINE void settle() { __asm__ volatile("" ::: "memory"); }
-
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 
 // While it lives, all eight tiles are of 64 bytes a row: 0, 1 and 4 of ``rows`` rows, 2, 3 and 5 of ``more``, 6 and 7 of 16.
 struct Tiles {
@@ -192,7 +195,7 @@ struct Tiles {
   ~Tiles() {}
 };
 
-constexpr int AT_ONCE = 8;                 // rows of the left operand: with two blocks, half of the registers hold their sums
+constexpr int AT_ONCE = 8;  // rows of the left operand: with two blocks, half of the registers hold their sums
 constexpr int DEPTH_STEPS = DEPTH / 2;
 
 template <int STEP, int BLOCKS, class Beside>

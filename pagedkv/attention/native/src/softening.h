@@ -13,6 +13,8 @@ constexpr float SLACK = 30, MOST_WEIGHT = 2, MOST_EXPONENT = 1;
 // 2^x for x from 0 to 1, relative error 1e-4: a weight is rounded to bfloat16 next. A polynomial of degree 3 that is exact at 0 and 1.
 constexpr float POWER[] = {1.f, 6.9542435e-1f, 2.2630768e-1f, 7.826797e-2f};
 
+#if defined(TILES)
+
 INLINE Floats weight_of(Floats x) {
   const __m512 rest = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Floats p = splat(POWER[3]);
@@ -22,13 +24,15 @@ INLINE Floats weight_of(Floats x) {
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 
+#endif
+
 // From scores to exponents. Without AMX the top is taken off first, so that the largest score's exponent is right however large it is; beside AMX's products there is
 // no time for one more instruction.
 struct Exponents {
   Floats factor, from;
 
   // ``top`` is a score, minus infinity where there is none yet; ``factor`` makes logits in base 2 of scores.
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(TILES)
   Exponents(Floats top, float factor) : factor(splat(factor)), from(top == splat(MINUS_INFINITY) ? Floats{} : logit(top, factor)) {}
 
   inline __attribute__((always_inline)) Floats of(Floats x) const { return fma(x, factor, -from); }

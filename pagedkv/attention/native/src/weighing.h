@@ -7,7 +7,7 @@
 
 #if defined(PAIRS)
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(TILES)
 
 constexpr int SCORE_BUFFERS = 1;  // the next part's scores take the place of those that are weights already
 
